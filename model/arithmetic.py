@@ -1,0 +1,39 @@
+"""Parameters and floating-point operations of a model, from its config and ranks alone.
+
+A linear layer takes 2 FLOPs a weight and token forward and twice that backward: 6·out·in dense, 6·r·(in+out) factored.
+Attention adds 12·s·hidden a token and layer (scores and values, forward and backward; causality is not halved, as in
+Megatron-LM and PaLM, appendix B). Embedding look-ups count nothing, the output layer counts as a dense layer.
+"""
+
+from collections.abc import Mapping
+
+from model.config import ModelConfig, Projection, projections
+
+
+def projection_parameters(projection: Projection, rank: int | None) -> int:
+    """Numbers in the weight, or in both factors when `rank` is given; biases and norms are not counted."""
+    if rank is None:
+        return projection.in_features * projection.out_features
+    return rank * (projection.in_features + projection.out_features)
+
+
+def linear_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
+    """Numbers in all linear layers of the stack; `ranks` maps `Projection.name` to rank, and may be empty (dense)."""
+    return sum(projection_parameters(p, ranks.get(p.name)) for p in projections(config))
+
+
+def total_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
+    """Every trained number of the model, padded vocabulary rows included."""
+    norm = config.hidden * (2 if config.family == "gpt2" else 1)
+    norms = norm * (2 * config.layers + 1)
+    biases = sum(p.out_features for p in projections(config)) if config.biases else 0
+    positions = config.sequence_length * config.hidden if config.family == "gpt2" else 0
+    embeddings = config.padded_vocabulary * config.hidden * (1 if config.tied_embeddings else 2)
+    return linear_parameters(config, ranks) + norms + biases + positions + embeddings
+
+
+def training_flops_per_token(config: ModelConfig, ranks: Mapping[str, int]) -> int:
+    """Forward and backward FLOPs of one token at full sequence length; empty `ranks`: of the dense model."""
+    attention = 12 * config.sequence_length * config.hidden * config.layers
+    output = 6 * config.padded_vocabulary * config.hidden
+    return 6 * linear_parameters(config, ranks) + attention + output

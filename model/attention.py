@@ -1,0 +1,61 @@
+"""Core attention through `scaled_dot_product_attention`: flash kernels on CUDA, and it works on CPU.
+
+megatron-core 0.16.1's own `DotProductAttention` needs CUDA generator states.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from model.dropout import DropoutCounter
+
+
+class ScaledDotProductAttention(nn.Module):
+    """softmax(Q Kᵀ / √d) V with a causal mask, over the heads this process holds."""
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        layer_number: int,
+        counter: DropoutCounter,
+        softmax_scale: float | None,
+        **_megatron: object,  # mask type, process groups and others: causal attention on whole sequences needs none
+    ) -> None:
+        super().__init__()
+        self.counter, self.layer, self.softmax_scale = counter, layer_number, softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_megatron: object,
+    ) -> Tensor:
+        """`query (seq, batch, heads/tp, size)`, `key` and `value (seq, batch, groups/tp, size)` to
+        `(seq, batch, heads/tp * size)`."""
+        if attention_mask is not None:
+            raise ValueError("attention is causal over whole sequences and takes no mask")
+        repeats = query.shape[2] // key.shape[2]
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        if self.training and self.dropout > 0.0:
+            context = self._with_dropout(query, key, value)
+        else:
+            context = self._attend(query, key, value, 0.0)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=self.softmax_scale
+        )
+
+    def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # The kernels draw from the default generator: it is seeded for this site and put back, so that no state runs on.
+        devices = [query.device] if query.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.counter.site_seed(self.layer, "attention", sharded=True))
+            return self._attend(query, key, value, self.dropout)

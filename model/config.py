@@ -1,0 +1,148 @@
+"""Architecture and parametrization of one model, validated, and the list of its linear projections.
+
+`ModelConfig` is all that is needed, together with the ranks, to build a model, to count its parameters, and to name its
+tensors: checkpoints and exports carry it. Sizes are the full ones; how they are split over processes is not its business.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Family = Literal["llama", "gpt2"]
+Parametrization = Literal["dense", "factored"]
+ProjectionKind = Literal["qkv", "proj", "fc1", "fc2"]
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
+class ModelConfig(BaseModel):
+    """One transformer: `llama` (RMSNorm, RoPE, SwiGLU, grouped queries, no biases) or `gpt2` (LayerNorm, learned
+    positions, tanh-GELU, biases, tied embeddings)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Family = "llama"
+    layers: int = Field(4, ge=1)
+    hidden: int = Field(256, ge=8)
+    heads: int = Field(4, ge=1)
+    query_groups: int = Field(0, ge=0, description="key/value heads; 0: as many as heads")
+    ffn: int = Field(0, ge=0, description="inner width of the MLP; 0: 4 x hidden (gpt2), 8/3 x hidden up to 64 (llama)")
+    sequence_length: int = Field(256, ge=2, description="longest sequence, and the one trained on")
+    vocabulary: int = Field(0, ge=0, description="tokens in the tokenizer; 0: taken from data.tokenizer")
+    vocabulary_multiple: int = Field(128, ge=1, description="the embedding is padded to it, whatever the layout")
+    parametrization: Parametrization = "factored"
+    factored_layers: Literal["all", "mlp"] = Field("all", description="which linear layers are factored")
+    attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    initial_std: float = Field(0.02, gt=0.0, description="of a dense weight's initial entries")
+    norm_epsilon: float = Field(1e-5, gt=0.0)
+    rope_base: float = Field(10000.0, gt=1.0)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        if self.hidden % self.heads:
+            raise ValueError(
+                f"hidden {self.hidden} is not divisible by {self.heads} heads: change model.hidden or model.heads"
+            )
+        if self.family == "llama" and self.head_size % 2:
+            raise ValueError(
+                f"rotary positions need an even head size, and hidden {self.hidden} / {self.heads} heads is "
+                f"{self.head_size}: change model.hidden or model.heads"
+            )
+        if self.family == "gpt2" and self.query_groups not in (0, self.heads):
+            raise ValueError("gpt2 has no grouped queries: leave model.query_groups out, or set model.family=llama")
+        if self.heads % self.groups:
+            raise ValueError(
+                f"{self.heads} heads do not divide into {self.groups} query groups: "
+                "change model.heads or model.query_groups"
+            )
+        return self
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.query_groups or self.heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the MLP."""
+        if self.ffn:
+            return self.ffn
+        return 4 * self.hidden if self.family == "gpt2" else round_up(8 * self.hidden // 3, 64)
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding: a fixed multiple that does not depend on the tensor-parallel size."""
+        return round_up(self.vocabulary, self.vocabulary_multiple)
+
+    @property
+    def gated(self) -> bool:
+        """The MLP's first projection holds gate and up, one below the other."""
+        return self.family == "llama"
+
+    @property
+    def biases(self) -> bool:
+        return self.family == "gpt2"
+
+    @property
+    def tied_embeddings(self) -> bool:
+        return self.family == "gpt2"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer of the transformer: `weight (out_features, in_features)`, or its factors
+    `B (out_features, rank)` and `A (rank, in_features)`."""
+
+    name: str
+    """Module path in the model, e.g. `decoder.layers.3.mlp.linear_fc1`: the key of every rank dictionary."""
+    layer: int
+    kind: ProjectionKind
+    in_features: int
+    out_features: int
+    factored: bool
+    normed: bool
+    """The norm in front of it is part of the layer (`norm_weight`, `norm_bias`) when it is factored."""
+    residual: bool
+    """Its output is added to the residual stream."""
+
+    @property
+    def label(self) -> str:
+        """Short name for people and TensorBoard, e.g. `layer_03/fc1`."""
+        return f"layer_{self.layer:02d}/{self.kind}"
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank at which two factors hold no more numbers than the dense weight: in*out / (in+out)."""
+        return self.in_features * self.out_features // (self.in_features + self.out_features)
+
+
+def projections(config: ModelConfig) -> list[Projection]:
+    """Every linear layer of the stack in order of execution."""
+    qkv_width = (config.heads + 2 * config.groups) * config.head_size
+    fc1_width = config.ffn_width * (2 if config.gated else 1)
+    factored = config.parametrization == "factored"
+    attention = factored and config.factored_layers == "all"
+    found = []
+    for layer in range(config.layers):
+        prefix = f"decoder.layers.{layer}."
+        found += [
+            Projection(prefix + "self_attention.linear_qkv", layer, "qkv", config.hidden, qkv_width, attention, True, False),
+            Projection(prefix + "self_attention.linear_proj", layer, "proj", config.hidden, config.hidden, attention, False, True),
+            Projection(prefix + "mlp.linear_fc1", layer, "fc1", config.hidden, fc1_width, factored, True, False),
+            Projection(prefix + "mlp.linear_fc2", layer, "fc2", config.ffn_width, config.hidden, factored, False, True),
+        ]
+    return found
+
+
+def factored_projections(config: ModelConfig) -> list[Projection]:
+    """The linear layers that have a rank."""
+    return [projection for projection in projections(config) if projection.factored]

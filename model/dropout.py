@@ -1,0 +1,66 @@
+"""Dropout whose masks come from counters, not from a running generator.
+
+A mask's seed is a hash of (run seed, step, micro-step, data-parallel index, layer, site) and of the tensor-parallel index where
+the tensor is split. The same counters always give the same mask: recomputation and resume are exact, and no generator
+state is saved. megatron-core 0.16.1's tracker of generator states raises without CUDA, and a default generator with one seed
+would give every hidden shard the same mask.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.process_groups import data_index, tensor_index
+
+
+@dataclass
+class DropoutCounter:
+    """Where training stands; one object is shared by all sites of a model, and the trainer moves it on."""
+
+    seed: int
+    step: int = 0
+    micro_step: int = 0
+
+    def site_seed(self, layer: int, site: str, sharded: bool) -> int:
+        """Seed of one mask: 63 bits of a SHA-256 over all counters."""
+        shard = tensor_index() if sharded else "whole"
+        text = f"{self.seed}:{self.step}:{self.micro_step}:{data_index()}:{layer}:{site}:{shard}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class CounterDropout(nn.Module):
+    """Inverted dropout with probability `probability` at one site of one layer; the identity in evaluation."""
+
+    def __init__(self, counter: DropoutCounter, probability: float, layer: int, site: str, sharded: bool) -> None:
+        super().__init__()
+        self.counter, self.probability, self.layer, self.site, self.sharded = counter, probability, layer, site, sharded
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return values
+        generator = torch.Generator(values.device).manual_seed(
+            self.counter.site_seed(self.layer, self.site, self.sharded)
+        )
+        keep = 1.0 - self.probability
+        mask = torch.empty_like(values).bernoulli_(keep, generator=generator)
+        return values * mask.div_(keep)
+
+
+class BiasDropoutAdd(nn.Module):
+    """megatron-core's bias-dropout-add slot: `residual + dropout(x + bias)`."""
+
+    def __init__(self, dropout: CounterDropout) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """megatron-core asks for the function first and calls it with the probability it was configured with."""
+
+        def add(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
+            output, bias = output_and_bias
+            return residual + self.dropout(output if bias is None else output + bias)
+
+        return add

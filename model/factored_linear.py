@@ -1,0 +1,95 @@
+"""The factored layer under tensor parallelism, with the norm in front of it fused into its one all-reduce.
+
+    y = B (A norm(x)) + b,      A (rank, in),  B (out, rank)
+
+Bottleneck layout (published as BOOST, arXiv 2512.12131): the stream is split along hidden, A along its columns, B along its
+rows, and the rank never. Process i computes
+
+    h_i = A_i (g_i ⊙ x_i)  ── all-reduce (rank wide) ──>  h = Σ h_i / rms(x)  ──>  y_i = B_i h
+
+where the statistics of the norm ride in the same all-reduce; backward there is one all-reduce of the gradient of h. LayerNorm
+centres each shard on its own mean μ_i first, and mends the difference with row sums that ride along as extra rows:
+
+    A LN(x) = (Σ A_i (g_i ⊙ (x_i − μ_i)) + Σ (μ_i − μ) A_i g_i) / σ + Σ A_i β_i
+
+Growing the rank appends rows to every A_i and columns to every B_i: nothing is resharded, any rank is legal for any p.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from model.collectives import copy_to_group, reduce_bottleneck
+from model.process_groups import tensor_size
+from model.sharded_norm import NormKind, local_statistics, mark_sharded, mean_and_scale, new_sharded_vector
+
+
+class FactoredLinear(nn.Module):
+    """A linear layer of megatron-core's layer specs whose weight is the product of two sharded factors.
+
+    `input_size` and `output_size` are the full sizes. `stride` is 2 for gate-and-up (see `model/sharding.py`). The
+    parameters come empty; `model/initialization.py` fills them.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        rank: int,
+        config: TransformerConfig,
+        bias: bool,
+        skip_bias_add: bool,
+        norm: NormKind | None = None,
+        stride: int = 1,
+        **_megatron: object,  # what megatron-core hands to every linear layer and this one has no use for
+    ) -> None:
+        super().__init__()
+        self.input_size, self.output_size, self.stride = input_size, output_size, stride
+        self.norm, self.epsilon, self.skip_bias_add = norm, config.layernorm_epsilon, skip_bias_add
+        self.norm_weight = new_sharded_vector(input_size, 1.0) if norm else None
+        self.norm_bias = new_sharded_vector(input_size, 0.0) if norm == "layernorm" else None
+        processes = tensor_size()
+        self.set_factors(torch.empty(rank, input_size // processes), torch.empty(output_size // processes, rank))
+        self.bias = new_sharded_vector(output_size, 0.0) if bias else None
+        if self.bias is not None:
+            mark_sharded(self.bias, dim=0, stride=stride)
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Takes shards `A (rank, in/tp)` and `B (out/tp, rank)` of any common rank as new parameters."""
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        mark_sharded(self.A, dim=1)
+        mark_sharded(self.B, dim=0, stride=self.stride)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the caller."""
+        bottleneck = copy_to_group(self._bottleneck(hidden.flatten(0, -2)))
+        added = None if self.skip_bias_add else self.bias
+        output = nn.functional.linear(bottleneck, self.B, added).view(*hidden.shape[:-1], -1)
+        return output, self.bias if self.skip_bias_add else None
+
+    def _bottleneck(self, tokens: Tensor) -> Tensor:
+        """`A norm(x)`, `(tokens, in/tp)` to `(tokens, rank)`, the same on all processes."""
+        if self.norm is None:
+            no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
+            return reduce_bottleneck(tokens @ self.A.t(), no_statistics, self.A.new_empty(0, self.rank))[0]
+        statistics = local_statistics(tokens, self.norm)
+        scaled_A = self.A * self.norm_weight
+        if self.norm_bias is None:
+            no_rows = scaled_A.new_empty(0, self.rank)
+            product, everyone, _ = reduce_bottleneck(tokens @ scaled_A.t(), statistics, no_rows)
+            _, scale = mean_and_scale(everyone, self.norm, self.epsilon)
+            return (product.float() * scale).to(tokens.dtype)
+        centred = (tokens.float() - statistics[:, :1]).to(tokens.dtype)
+        sums = torch.stack([scaled_A.sum(dim=1), self.A @ self.norm_bias])
+        product, everyone, rows = reduce_bottleneck(centred @ scaled_A.t(), statistics, sums)
+        mean, scale = mean_and_scale(everyone, self.norm, self.epsilon)
+        between = (everyone[..., 0] - mean) @ rows[:, 0].float()
+        return ((product.float() + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in={self.input_size}, out={self.output_size}, rank={self.rank}, norm={self.norm}"

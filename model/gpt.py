@@ -1,0 +1,248 @@
+"""The model: megatron-core's `GPTModel` with the layer spec of the chosen parametrization.
+
+| parametrization          | stream between layers | attention             | MLP                   |
+|--------------------------|-----------------------|-----------------------|-----------------------|
+| dense                    | whole                 | megatron-core's       | megatron-core's       |
+| factored, all layers     | split along hidden    | factored, norm fused  | factored, norm fused  |
+| factored, MLPs only      | split along hidden    | dense, gather/scatter | factored, norm fused  |
+"""
+
+from collections.abc import Mapping
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from model.attention import ScaledDotProductAttention
+from model.config import ModelConfig, Projection, factored_projections, projections
+from model.dense_in_stream import StreamColumnParallelLinear, StreamRowParallelLinear
+from model.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
+from model.embedding import StreamEmbedding
+from model.factored_linear import FactoredLinear
+from model.initialization import initial_dense, initial_factor, residual_scale
+from model.process_groups import device, tensor_index, tensor_size
+from model.sharded_norm import NormKind, ShardedNorm, mark_sharded
+from model.sharding import TensorLayout
+
+
+def norm_kind(config: ModelConfig) -> NormKind:
+    return "rmsnorm" if config.family == "llama" else "layernorm"
+
+
+def _transformer_config(config: ModelConfig) -> TransformerConfig:
+    llama = config.family == "llama"
+    return TransformerConfig(
+        num_layers=config.layers,
+        hidden_size=config.hidden,
+        num_attention_heads=config.heads,
+        num_query_groups=config.groups,
+        ffn_hidden_size=config.ffn_width,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+        layernorm_epsilon=config.norm_epsilon,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        activation_func=nn.functional.silu if llama else _tanh_gelu,
+        gated_linear_unit=config.gated,
+        add_bias_linear=config.biases,
+        tensor_model_parallel_size=tensor_size(),
+        use_cpu_initialization=True,
+        perform_initialization=False,  # `_initialize` below fills every parameter by name
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+    )
+
+
+def _tanh_gelu(values: Tensor) -> Tensor:
+    return nn.functional.gelu(values, approximate="tanh")
+
+
+class _LayerSpecs:
+    """Builds one layer spec after the other; they differ in ranks and dropout sites."""
+
+    def __init__(self, config: ModelConfig, ranks: Mapping[str, int], counter: DropoutCounter) -> None:
+        self.config, self.ranks, self.counter = config, ranks, counter
+        self.in_stream = config.parametrization == "factored"
+
+    def block(self) -> TransformerBlockSubmodules:
+        by_layer: list[list[Projection]] = [[] for _ in range(self.config.layers)]
+        for projection in projections(self.config):
+            by_layer[projection.layer].append(projection)
+        return TransformerBlockSubmodules(
+            layer_specs=[self._layer(*four) for four in by_layer], layer_norm=self._norm()
+        )
+
+    def _layer(self, qkv: Projection, proj: Projection, fc1: Projection, fc2: Projection) -> ModuleSpec:
+        number = qkv.layer + 1  # megatron-core counts layers from 1
+        attention = ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=self._linear(qkv),
+                core_attention=ModuleSpec(module=ScaledDotProductAttention, params={"counter": self.counter}),
+                linear_proj=self._linear(proj),
+            ),
+        )
+        mlp = ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=self._linear(fc1), linear_fc2=self._linear(fc2))
+        )
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=IdentityOp if qkv.factored else self._norm(),
+                self_attention=attention,
+                self_attn_bda=self._residual_add(number, "attention_output"),
+                pre_mlp_layernorm=IdentityOp if fc1.factored else self._norm(),
+                mlp=mlp,
+                mlp_bda=self._residual_add(number, "mlp_output"),
+            ),
+        )
+
+    def _linear(self, projection: Projection) -> ModuleSpec:
+        if projection.factored:
+            norm = norm_kind(self.config) if projection.normed else None
+            return ModuleSpec(module=FactoredLinear, params={"rank": self.ranks[projection.name], "norm": norm})
+        column = projection.normed
+        if self.in_stream:
+            return ModuleSpec(module=StreamColumnParallelLinear if column else StreamRowParallelLinear)
+        return self._megatron_linear(column)
+
+    @staticmethod
+    def _megatron_linear(column: bool) -> ModuleSpec:
+        attention = get_gpt_layer_local_spec().submodules.self_attention.submodules
+        return ModuleSpec(module=attention.linear_qkv if column else attention.linear_proj)
+
+    def _norm(self) -> ModuleSpec:
+        if not self.in_stream:
+            return ModuleSpec(module=WrappedTorchNorm)
+        return ModuleSpec(module=_BlockNorm, params={"kind": norm_kind(self.config)})
+
+    def _residual_add(self, layer: int, site: str) -> ModuleSpec:
+        dropout = CounterDropout(self.counter, self.config.hidden_dropout, layer, site, sharded=self.in_stream)
+        return ModuleSpec(module=BiasDropoutAdd, params={"dropout": dropout})
+
+
+class _BlockNorm(ShardedNorm):
+    """`ShardedNorm` with the constructor that megatron-core's block expects."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, kind: NormKind) -> None:
+        super().__init__(kind, hidden_size, eps)
+
+
+class EspalierModel(GPTModel):
+    """`GPTModel` whose embedding and output layer fit the stream, and whose loss ignores padded vocabulary rows.
+
+    `forward(tokens, position_ids, None, labels=labels)` gives the loss of each token `(batch, seq)`; without labels the
+    logits `(batch, seq, padded_vocabulary/tp)`.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: Mapping[str, int], seed: int) -> None:
+        counter = DropoutCounter(seed)
+        super().__init__(
+            config=_transformer_config(config),
+            transformer_layer_spec=_LayerSpecs(config, ranks, counter).block(),
+            vocab_size=config.padded_vocabulary,
+            max_sequence_length=config.sequence_length,
+            position_embedding_type="rope" if config.family == "llama" else "learned_absolute",
+            rotary_base=int(config.rope_base),
+            share_embeddings_and_output_weights=config.tied_embeddings,
+        )
+        self.model_config, self.dropout_counter = config, counter
+        in_stream = config.parametrization == "factored"
+        dropout = CounterDropout(counter, config.hidden_dropout, 0, "embedding", sharded=in_stream)
+        if in_stream:
+            positions = config.sequence_length if config.family == "gpt2" else None
+            self.embedding = StreamEmbedding(config.padded_vocabulary, config.hidden, positions, dropout)
+            self.output_layer = StreamColumnParallelLinear(
+                config.hidden,
+                config.padded_vocabulary,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                skip_weight_param_allocation=config.tied_embeddings,
+                tp_group=self.pg_collection.tp,
+            )
+            self.setup_embeddings_and_output_layer()
+        else:
+            self.embedding.embedding_dropout = dropout
+        self.to(device())
+        _mark_megatron_shards(self, config)
+        _initialize(self, config, seed)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy over the real vocabulary: rows that only pad it get no probability."""
+        rows = logits.shape[-1]
+        padding = torch.arange(rows, device=logits.device) + tensor_index() * rows >= self.model_config.vocabulary
+        return super().compute_language_model_loss(labels, logits.masked_fill(padding, float("-inf")))
+
+    def factored_layers(self) -> dict[str, FactoredLinear]:
+        """The layers that have a rank, by `Projection.name`."""
+        return {p.name: self.get_submodule(p.name) for p in factored_projections(self.model_config)}  # type: ignore[misc]
+
+    def ranks(self) -> dict[str, int]:
+        """The present rank of every factored layer."""
+        return {name: layer.rank for name, layer in self.factored_layers().items()}
+
+
+def build_model(config: ModelConfig, ranks: Mapping[str, int], *, seed: int) -> EspalierModel:
+    """The shard of this process, with initial values that do not depend on the number of processes.
+
+    `ranks` names the rank of every factored projection. Raises `ValueError` if the vocabulary is not known yet.
+    """
+    if config.vocabulary == 0:
+        raise ValueError("the vocabulary is not known: set model.vocabulary or data.tokenizer")
+    return EspalierModel(config, ranks, seed)
+
+
+def tensor_layouts(model: nn.Module) -> dict[str, TensorLayout]:
+    """Full shape and split of every parameter, from the marks megatron-core and our layers leave on it."""
+    layouts = {}
+    for name, parameter in model.named_parameters():
+        shape = list(parameter.shape)
+        if not getattr(parameter, "tensor_model_parallel", False):
+            layouts[name] = TensorLayout(tuple(shape))
+            continue
+        dim = parameter.partition_dim
+        shape[dim] *= tensor_size()
+        layouts[name] = TensorLayout(tuple(shape), dim, parameter.partition_stride)
+    return layouts
+
+
+def _mark_megatron_shards(model: EspalierModel, config: ModelConfig) -> None:
+    """megatron-core 0.16.1 marks the weights of its own layers only while it initializes them, which we do ourselves."""
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear) and module.weight is not None:
+            mark_sharded(module.weight, dim=0, stride=2 if config.gated and name.endswith("linear_fc1") else 1)
+        elif isinstance(module, RowParallelLinear):
+            mark_sharded(module.weight, dim=1)
+        elif isinstance(module, VocabParallelEmbedding):
+            mark_sharded(module.weight, dim=0)
+
+
+@torch.no_grad()
+def _initialize(model: EspalierModel, config: ModelConfig, seed: int) -> None:
+    owners = {p.name: p for p in projections(config)}
+    ranks = model.ranks()
+    for (name, parameter), layout in zip(model.named_parameters(), tensor_layouts(model).values(), strict=True):
+        module, _, leaf = name.rpartition(".")
+        owner = owners.get(module)
+        if owner is not None and leaf in ("A", "B"):
+            full = initial_factor(config, owner, leaf, ranks[module], seed)
+        elif leaf.endswith("bias"):
+            full = torch.zeros(layout.full_shape)
+        elif "norm" in name:
+            full = torch.ones(layout.full_shape)
+        else:
+            scale = residual_scale(config) if owner is not None and owner.residual else 1.0
+            full = initial_dense(name, layout.full_shape, config.initial_std * scale, seed)
+        parameter.copy_(layout.shard(full, tensor_index(), tensor_size()))

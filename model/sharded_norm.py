@@ -1,0 +1,81 @@
+"""RMSNorm and LayerNorm of a stream that is split along hidden, exact and not per shard.
+
+    RMSNorm(x) = g ⊙ x / rms(x),              rms² = mean(x²) + ε
+    LayerNorm(x) = g ⊙ (x − μ) / σ + β,       σ² = mean((x − μ)²) + ε
+
+Each process sends what it knows of its own shard, and combines what it gets of all p:
+rms² = mean_i(rms_i²) + ε;  μ = mean_i(μ_i);  σ² = mean_i(σ_i²) + mean_i((μ_i − μ)²) + ε  (Chan et al. 1983).
+Sending root means and not sums keeps fp16 in range, and never forming E[x²] − μ² keeps the digits when |μ| ≫ σ.
+The fused norm of the factored layer shares these formulas.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.collectives import copy_to_group, reduce_bottleneck
+from model.process_groups import tensor_size
+
+NormKind = Literal["rmsnorm", "layernorm"]
+
+# The root of an all-zero shard must have a finite gradient; far below any epsilon in use.
+_SMALLEST_SQUARE = 1e-30
+
+
+def local_statistics(shard: Tensor, kind: NormKind) -> Tensor:
+    """What one process knows of `shard (tokens, width/tp)`: `(tokens, 1)` its rms, or `(tokens, 2)` its mean and
+    standard deviation, in fp32."""
+    values = shard.float()
+    if kind == "rmsnorm":
+        return values.square().mean(-1, keepdim=True).add(_SMALLEST_SQUARE).sqrt()
+    mean = values.mean(-1, keepdim=True)
+    return torch.cat([mean, (values - mean).square().mean(-1, keepdim=True).add(_SMALLEST_SQUARE).sqrt()], dim=-1)
+
+
+def mean_and_scale(statistics: Tensor, kind: NormKind, epsilon: float) -> tuple[Tensor | None, Tensor]:
+    """Mean over hidden (LayerNorm) and 1/rms or 1/σ, each `(tokens, 1)`, from the `statistics (tokens, tp, k)` of all."""
+    if kind == "rmsnorm":
+        return None, statistics[..., 0].square().mean(-1, keepdim=True).add(epsilon).rsqrt()
+    means, deviations = statistics.unbind(-1)
+    mean = means.mean(-1, keepdim=True)
+    variance = deviations.square().mean(-1, keepdim=True) + (means - mean).square().mean(-1, keepdim=True)
+    return mean, variance.add(epsilon).rsqrt()
+
+
+def new_sharded_vector(full_size: int, value: float) -> nn.Parameter:
+    """A parameter `(full_size/tp)` that carries the marks of a tensor-parallel shard."""
+    parameter = nn.Parameter(torch.full((full_size // tensor_size(),), value))
+    mark_sharded(parameter, dim=0)
+    return parameter
+
+
+def mark_sharded(parameter: nn.Parameter, dim: int, stride: int = 1) -> None:
+    """Marks a shard as megatron-core does; DeepSpeed counts the norm of an unmarked parameter on one process only."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = dim  # type: ignore[attr-defined]
+    parameter.partition_stride = stride  # type: ignore[attr-defined]
+
+
+class ShardedNorm(nn.Module):
+    """A norm on its own, in front of layers that do not fuse it: `stream (seq, batch, hidden/tp)` to the same shape."""
+
+    def __init__(self, kind: NormKind, hidden: int, epsilon: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.epsilon = epsilon
+        self.weight = new_sharded_vector(hidden, 1.0)
+        self.bias = new_sharded_vector(hidden, 0.0) if kind == "layernorm" else None
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Normalizes over the full hidden size, with one small all-reduce forward and one backward."""
+        tokens = stream.flatten(0, -2)
+        # fp32 for the exchange: two numbers a token are not worth rounding.
+        nothing = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
+        _, statistics, _ = reduce_bottleneck(nothing, local_statistics(tokens, self.kind), nothing[:0])
+        mean, scale = mean_and_scale(copy_to_group(statistics), self.kind, self.epsilon)
+        values = tokens.float() if mean is None else tokens.float() - mean
+        normalized = (values * scale).to(stream.dtype) * self.weight
+        if self.bias is not None:
+            normalized = normalized + self.bias
+        return normalized.view_as(stream)

@@ -1,0 +1,46 @@
+"""Errors a user can mend: one sentence that says what is wrong, with the numbers, and which setting to change.
+
+Everything else is a defect of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class EspalierError(Exception):
+    """A user's mistake or a fault of the surroundings; `str(error)` is the whole message."""
+
+    exit_code = 1
+
+
+class ConfigError(EspalierError):
+    """A setting, or a combination of settings, that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(EspalierError):
+    """A corpus, index or tokenizer that is missing, damaged or does not fit the model."""
+
+    exit_code = 2
+
+
+class CheckpointError(EspalierError):
+    """A checkpoint that is missing, incomplete, damaged or of another architecture; or one that could not be written."""
+
+    exit_code = 3
+
+
+class NumericalError(EspalierError):
+    """Training that no longer makes numerical sense."""
+
+    exit_code = 4
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command-line entry; an `EspalierError` becomes one line on stderr and its exit code."""
+    try:
+        main()
+    except EspalierError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
