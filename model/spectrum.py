@@ -44,6 +44,9 @@ def singular_values(product: Grams) -> Tensor:
     return torch.linalg.eigvalsh(root @ product.of_B @ root).clamp_min(0.0).sqrt().flip(0)
 
 
-def row_norm(product: Grams) -> float:
-    """Root mean square of the norms of A's rows: the size a new row should have."""
-    return float(product.of_A.diagonal().mean().sqrt())
+def row_norm(A: Tensor) -> float:
+    """Root mean square of the norms of the full A's rows, from `A (rank, in/tp)`: the size of a new row; a collective."""
+    square = A.detach().double().square().sum()
+    if tensor_size() > 1:
+        dist.all_reduce(square, group=tensor_group())
+    return float((square / A.shape[0]).sqrt())

@@ -3,6 +3,7 @@
 Everything else is a defect of ours and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ class EspalierError(Exception):
     """A user's mistake or a fault of the surroundings; `str(error)` is the whole message."""
 
     exit_code = 1
+    agreed = False
+    """Every process of the run raises the same error, so that one of them says it."""
 
 
 class ConfigError(EspalierError):
@@ -42,5 +45,6 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except EspalierError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.agreed or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

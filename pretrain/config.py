@@ -1,0 +1,182 @@
+"""All settings of a run: `RunConfig`, read from a YAML file and `section.key=value` overrides.
+
+    config = load_config("gpt2_small", ["train.steps=100", "parallel.tensor=2"])
+
+A config is checked as a whole when it is built; `config.layout(processes)` checks it against the number of processes.
+Sections that belong to one component are declared beside it. Every mistake is a ConfigError of one sentence.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from model.config import ModelConfig, factored_projections
+from pretrain.config_file import explain, find_file, merge, parse_override, read_settings
+from pretrain.corpus import DataConfig
+from pretrain.errors import ConfigError
+from pretrain.layout import Layout, lay_out
+from pretrain.policies import RankConfig, check_rank_config
+from pretrain.schedule import BatchRamp, OptimizerConfig, ScheduleConfig, check_ramp, check_schedule
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """The run itself."""
+
+    folder: str = Field("runs/default", min_length=1, description="where everything of the run is written")
+    seed: int = Field(1234, ge=0, description="of initial values, new directions, dropout and sample order")
+
+
+class ParallelConfig(_Section):
+    """How the model is split."""
+
+    tensor: int = Field(1, ge=1, description="processes that share one copy of the model")
+
+
+class TrainConfig(_Section):
+    """Length of the run, batches, precision, and when to report."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps of the run")
+    micro_batch: int = Field(8, ge=1, description="sequences per data-parallel process and micro-step")
+    global_batch: int = Field(32, ge=1, description="sequences per step over all processes")
+    batch_ramp: BatchRamp | None = Field(
+        None, description="a global batch that grows to train.global_batch; none: constant"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of weights and arithmetic; masters are fp32"
+    )
+    clip: float = Field(1.0, ge=0.0, description="largest norm of the whole gradient; 0: not clipped")
+    validate_every: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
+    validation_sequences: int = Field(64, ge=0, description="sequences per validation over all processes; 0: none")
+    log_every: int = Field(10, ge=1, description="steps between two log lines")
+
+
+class CheckpointConfig(_Section):
+    """When checkpoints are written, and how many stay."""
+
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="checkpoints that stay")
+
+
+class DeepSpeedConfig(_Section):
+    """ZeRO, and the user's own DeepSpeed file."""
+
+    stage: int = Field(1, description="ZeRO stage: 0, 1 or 2")
+    config: str | None = Field(
+        None, description="DeepSpeed JSON file (path or installed name); none: DeepSpeed's defaults"
+    )
+
+    @field_validator("stage")
+    @classmethod
+    def _stage_is_supported(cls, stage: int) -> int:
+        if stage == 3:
+            raise ValueError("deepspeed.stage 3 is not supported yet: set deepspeed.stage to 1 or 2")
+        if stage not in (0, 1, 2):
+            raise ValueError(f"deepspeed.stage is {stage}: set it to 0, 1 or 2")
+        return stage
+
+
+class RunConfig(_Section):
+    """Every setting of a run."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    rank: RankConfig = RankConfig()
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        check_schedule(self.schedule, self.train.steps)
+        if self.train.batch_ramp is not None:
+            check_ramp(self.train.batch_ramp, self.train.global_batch, self.train.steps)
+        check_rank_config(self.rank, factored_projections(self.model), self.train.steps)
+        if self.deepspeed.stage == 0 and self.train.precision != "fp32":
+            # DeepSpeed's 16-bit optimizers without ZeRO take a throw-away Adam step when they are built, and their
+            # gradient norm is wrong under tensor parallelism.
+            raise ValueError(
+                f"deepspeed.stage 0 trains in fp32 only, and train.precision is {self.train.precision}: "
+                "set deepspeed.stage=1"
+            )
+        return self
+
+    def layout(self, processes: int) -> Layout:
+        """The split over `processes` processes, or a ConfigError that shows what does not divide."""
+        return lay_out(
+            self.model,
+            processes,
+            self.parallel.tensor,
+            self.train.micro_batch,
+            self.train.global_batch,
+            self.train.batch_ramp,
+        )
+
+    def initial_ranks(self) -> dict[str, int]:
+        """Rank at the start of every factored layer, by `Projection.name`; empty for a dense model."""
+        return {projection.name: self.rank.initial for projection in factored_projections(self.model)}
+
+    def with_vocabulary(self, vocabulary: int) -> "RunConfig":
+        """This config with the tokenizer's vocabulary filled in; ConfigError if another size is set."""
+        if self.model.vocabulary not in (0, vocabulary):
+            raise ConfigError(
+                f"model.vocabulary is {self.model.vocabulary}, and the tokenizer {self.data.tokenizer} has "
+                f"{vocabulary} tokens: leave model.vocabulary out or change data.tokenizer"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocabulary": vocabulary})})
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in a YAML file (a path, or the bare name of an installed one) with overrides laid over it."""
+    settings = read_settings(find_file(path, "configs", ".yaml"))
+    for override in overrides:
+        settings = merge(settings, parse_override(override))
+    return parse_config(settings)
+
+
+def parse_config(settings: Mapping[str, Any]) -> RunConfig:
+    """The config that a mapping of sections stands for."""
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def print_config(config: RunConfig) -> None:
+    """Shows the resolved config."""
+    print(dump_config(config), end="")
+
+
+def check_same_architecture(saved: Mapping[str, Any], config: RunConfig) -> None:
+    """ConfigError if a checkpoint's model section (`state["model"]`) is another model than that of `config`.
+
+    Dropout and the initial scale may change, a vocabulary that is still to be read from the tokenizer is not
+    compared, and ranks are the checkpoint's own.
+    """
+    present = config.model.model_dump()
+    free = {"attention_dropout", "hidden_dropout", "initial_std"}
+    if config.model.vocabulary == 0:
+        free.add("vocabulary")
+    differing = [
+        f"model.{key} is {saved.get(key, 'absent')} there and {present.get(key, 'absent')} here"
+        for key in sorted((saved.keys() | present.keys()) - free)
+        if saved.get(key) != present.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"the checkpoint holds another architecture: {', '.join(differing)}; use its settings or another run.folder"
+        )

@@ -1,0 +1,91 @@
+"""Builds DeepSpeed engines and takes them down without leaving anything behind."""
+
+import gc
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from model.gpt import EspalierModel
+from model.process_groups import DeepSpeedProcessGroups, tensor_group, tensor_index
+from pretrain.schedule import OptimizerConfig
+
+
+def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Plain weight decay for dense weights and embeddings alone.
+
+    On a factor it would be a nuclear-norm pressure on the product, since (‖A‖² + ‖B‖²) / 2 ≥ ‖BA‖_*, and fight growth.
+    """
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        dense_weight = parameter.dim() > 1 and not name.endswith((".A", ".B"))
+        (decayed if dense_weight else others).append(parameter)
+    return [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
+    """An engine around `model`; its optimizer is torch's fused AdamW, the learning rate is set by the caller each step."""
+    adamw = torch.optim.AdamW(
+        parameter_groups(model, optimizer),
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        fused=True,
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=adamw, mpu=DeepSpeedProcessGroups(), config=deepspeed_config, dist_init_required=False
+    )
+    return engine
+
+
+def tear_down(engine: DeepSpeedEngine) -> None:
+    """Destroys the engine and all it hung on the module, and gives every parameter a life of its own.
+
+    DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, which keep the engine and its optimizer state
+    alive, and leaves parameters as views of its flat buffers with attributes of its own: the hooks are removed by hand, and
+    parameters are made anew.
+    """
+    module = engine.module
+    engine.destroy()
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        hook.remove()
+    engine.module = None
+    engine.optimizer = engine.basic_optimizer = None
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, _fresh_parameter(parameter))
+    gc.collect()
+
+
+def _fresh_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    fresh = nn.Parameter(parameter.detach().clone())
+    for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+        if hasattr(parameter, mark):
+            setattr(fresh, mark, getattr(parameter, mark))
+    return fresh
+
+
+def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """Global gradient norm of the coming (ZeRO 0) or the last step (ZeRO 1 and 2), before clipping.
+
+    DeepSpeed 0.19.8 computes none at stage 0 in fp32, so there it is ours; call it between backward and step. Parameters that
+    every tensor-parallel process holds whole count once.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return float(engine.get_global_grad_norm())
+    squares: list[Tensor] = []
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None and (getattr(parameter, "tensor_model_parallel", False) or tensor_index() == 0):
+            squares.append(parameter.grad.float().square().sum())
+    device = next(engine.module.parameters()).device
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+    dist.all_reduce(total, group=tensor_group())
+    return float(total.sqrt())

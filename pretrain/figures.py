@@ -1,0 +1,48 @@
+"""Pictures of ranks and spectra for TensorBoard."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from model.config import Projection
+
+
+def rank_map(history: Sequence[tuple[int, Mapping[str, int]]], last_step: int, layers: Sequence[Projection]) -> Figure:
+    """One row per factored layer, step to the right, rank as colour.
+
+    `history`: the steps at which ranks changed, ascending, with the ranks from there on.
+    """
+    figure = Figure(figsize=(8.0, 1.5 + 0.18 * len(layers)), layout="constrained")
+    axes = figure.add_subplot()
+    edges = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
+    ranks = np.array([[moment[layer.name] for _, moment in history] for layer in layers])
+    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), ranks, cmap="viridis", vmin=0)
+    axes.set_yticks(np.arange(len(layers)) + 0.5, [layer.label for layer in layers], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("step")
+    figure.colorbar(mesh, label="rank")
+    return figure
+
+
+def spectrum_curves(spectra: Mapping[str, np.ndarray], layers: Sequence[Projection]) -> Figure:
+    """Singular values over the largest one, one panel per kind of projection, one line per layer."""
+    shown = [layer for layer in layers if layer.name in spectra]
+    kinds = list(dict.fromkeys(layer.kind for layer in shown))
+    depth = max(layer.layer for layer in shown) or 1
+    figure = Figure(figsize=(3.2 * len(kinds), 3.0), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        for layer in (layer for layer in shown if layer.kind == kind):
+            values = spectra[layer.name]
+            shade = 0.15 + 0.8 * layer.layer / depth
+            panel.plot(
+                np.arange(1, len(values) + 1),
+                values / max(values[0], 1e-30),
+                color=(0.1, shade, 1.0 - shade),
+                linewidth=0.9,
+            )
+        panel.set_title(kind, fontsize=9)
+        panel.set_xlabel("direction")
+    panels[0].set_ylabel("singular value / largest")
+    return figure

@@ -1,0 +1,316 @@
+"""Shows a run while it goes: TensorBoard, `metrics.jsonl`, `events.jsonl`, the console, and the summary at its end.
+
+Process 0 has an active monitor; those of the other processes do nothing, so the training loop has no branches. `step`
+counts the optimizer steps taken.
+
+Training never ends because it could not be shown: a writer that fails with an OSError (a full disk) is warned about
+once and left alone, and this is the one place where an OSError is caught. A failed checkpoint is another matter.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import ArrayLike
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from model.arithmetic import total_parameters, training_flops_per_token
+from model.config import factored_projections
+from pretrain import figures
+from pretrain.config import RunConfig
+from pretrain.run_folder import JsonLines, json_text, replace_text
+from pretrain.summary import dense_flops_ratio, perplexity, summary_text
+
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "V100": 125e12,
+}  # fmt: skip
+"""Dense 16-bit tensor FLOP/s by what the device's name contains; the first match counts."""
+
+CHARTS = {
+    "Espalier": {
+        "loss": ["Multiline", ["train/lm_loss", "validation/lm_loss"]],
+        "rank": ["Multiline", ["rank/mean"]],
+        "throughput": ["Multiline", ["throughput/tokens_per_second"]],
+    }
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One logged step, the same on every process."""
+
+    lm_loss: float
+    """Mean over all tokens of the step, in nats per token."""
+    grad_norm: float
+    """Norm of the whole gradient, before clipping."""
+    learning_rate: float
+    step_seconds: float
+    """Wall-clock time of this step."""
+    global_batch: int
+    """Sequences in the step."""
+    consumed_samples: int
+    consumed_tokens: int
+    skipped_steps: int
+    loss_scale: float | None = None
+    """fp16 only."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """16-bit FLOP/s the device could do at best; None for a device we do not know."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def spectrum_scalars(singular_values: np.ndarray) -> dict[str, float]:
+    """Spectral norm s₁, stable rank Σs²/s₁², and effective rank exp(entropy of s/Σs), from values sorted downwards."""
+    largest, total = float(singular_values[0]), float(singular_values.sum())
+    if largest <= 0.0:
+        return {"spectral_norm": 0.0, "stable_rank": 0.0, "effective_rank": 0.0}
+    share = singular_values[singular_values > 0.0] / total
+    return {
+        "spectral_norm": largest,
+        "stable_rank": float((singular_values**2).sum()) / largest**2,
+        "effective_rank": math.exp(float(-(share * np.log(share)).sum())),
+    }
+
+
+class Monitor:
+    """Everything a run shows. `growth` is what a resumed checkpoint's state says, `ranks` those the model has now."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        ranks: Mapping[str, int],
+        *,
+        active: bool,
+        processes: int = 1,
+        resumed_step: int = 0,
+        growth: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self._folder, self._config, self._ranks = folder, config, dict(ranks)
+        self._active, self._processes = active, processes
+        self._first_step, self._began = resumed_step, time.monotonic()
+        self._layers = factored_projections(config.model)
+        self._labels = {layer.name: layer.label for layer in self._layers}
+        self._history = _rank_history(ranks, growth)
+        self._since_logged: list[StepMetrics] = []
+        self._bar: tqdm | None = None
+        self._warned = False
+        self._writer: SummaryWriter | None = None
+        self._metrics, self._events = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "events.jsonl")
+        if not active:
+            return
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=config.train.steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+        self._attempt(lambda: self._open(resumed_step))
+        self._show_ranks(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._metrics.cut(resumed_step)
+        self._events.cut(None)
+        purge_step = resumed_step + 1 if resumed_step else 0
+        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        self._writer.add_custom_scalars(CHARTS)
+
+    def train_step(self, step: int, metrics: StepMetrics) -> None:
+        """A step; the first, the last and every train.log_every-th are shown, with the pace since the one before."""
+        if not self._active:
+            return
+        self._since_logged.append(metrics)
+        if step != 1 and step % self._config.train.log_every and step != self._config.train.steps:
+            return
+        seconds = sum(one.step_seconds for one in self._since_logged)
+        sequences = sum(one.global_batch for one in self._since_logged)
+        tokens_per_second = sequences * self._config.model.sequence_length / seconds
+        step_seconds = seconds / len(self._since_logged)
+        self._since_logged.clear()
+        pace = {"step_seconds": step_seconds, "tokens_per_second": tokens_per_second, "mean_rank": self._mean_rank()}
+        record = {"step": step, **asdict(metrics), **pace}
+        self._attempt(lambda: self._metrics.append(record))
+        scalars: dict[str, float] = {
+            "train/lm_loss": metrics.lm_loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/learning_rate": metrics.learning_rate,
+            "train/skipped_steps": metrics.skipped_steps,
+            "train/consumed_tokens": metrics.consumed_tokens,
+            "train/global_batch": metrics.global_batch,
+            "time/step_seconds": step_seconds,
+        }
+        if metrics.loss_scale is not None:
+            scalars["train/loss_scale"] = metrics.loss_scale
+        self._scalars(step, scalars | self._throughput(tokens_per_second) | _memory())
+        self._progress(step, metrics, tokens_per_second)
+
+    def validation(self, step: int, lm_loss: float, bits_per_byte: float | None = None) -> None:
+        """A validation; `lm_loss` in nats per token."""
+        if not self._active:
+            return
+        scalars = {"validation/lm_loss": lm_loss, "validation/ppl": perplexity(lm_loss)}
+        if bits_per_byte is not None:
+            scalars["validation/bits_per_byte"] = bits_per_byte
+        self._scalars(step, scalars)
+        facts = {name.partition("/")[2]: value for name, value in scalars.items()}
+        self.event("validation", step, **facts)
+
+    def augmentation(self, step: int, before: Mapping[str, int], after: Mapping[str, int], seconds: float) -> None:
+        """Ranks that changed after `step` steps: the old and the new ones, of the layers that changed."""
+        if not self._active:
+            return
+        self._ranks |= after
+        self._history.append((step, dict(self._ranks)))
+        facts = {"layers": len(after), "mean_rank": self._mean_rank(), "seconds": seconds}
+        self._record("augmentation", step, {**facts, "before": dict(before), "after": dict(after)})
+        self._say("augmentation", step, facts)
+        self._scalars(step, {"time/augmentation_seconds": seconds})
+        self._show_ranks(step)
+
+    def spectra(self, step: int, singular_values: Mapping[str, ArrayLike]) -> None:
+        """Singular values of the factored layers by `Projection.name`, largest first."""
+        if not self._active or not singular_values:
+            return
+        spectra = {name: np.asarray(values) for name, values in singular_values.items()}
+        scalars = {}
+        for name, values in spectra.items():
+            for kind, value in spectrum_scalars(values).items():
+                scalars[f"spectrum/{self._labels[name]}/{kind}"] = value
+        self._scalars(step, scalars)
+        self._figure(step, "spectrum/singular_values", lambda: figures.spectrum_curves(spectra, self._layers))
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        """Something worth a line: a checkpoint, a resume, a fault."""
+        if not self._active:
+            return
+        self._record(kind, step, facts)
+        self._say(kind, step, facts)
+
+    def summary(self, facts: Mapping[str, Any]) -> None:
+        """Shows and keeps what `pretrain.summary.summarize` found."""
+        if not self._active:
+            return
+        self._attempt(lambda: replace_text(self._folder / "summary.json", json_text(dict(facts), indent=2) + "\n"))
+        self._print(summary_text(facts, self._folder))
+
+    def close(self) -> None:
+        """Ends the progress line and writes out what is buffered."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._attempt(self._writer.close)
+
+    def _attempt(self, write: Callable[[], None]) -> bool:
+        """Runs a write; a full disk is worth one warning, not the run."""
+        try:
+            write()
+        except OSError as error:
+            if not self._warned:
+                self._print(
+                    f"warning: {self._folder} cannot be written ({error}); training goes on, its records are incomplete"
+                )
+                self._warned = True
+            return False
+        return True
+
+    def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
+        writer = self._writer
+        if writer is not None and not self._attempt(lambda: write(writer)):
+            self._writer = None  # its background thread is gone: it raises the same error for ever
+
+    def _scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        def write(writer: SummaryWriter) -> None:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+
+        self._to_tensorboard(write)
+
+    def _figure(self, step: int, tag: str, draw: Callable[[], Any]) -> None:
+        self._to_tensorboard(lambda writer: writer.add_figure(tag, draw(), step))
+
+    def _show_ranks(self, step: int) -> None:
+        if not self._ranks:
+            return
+        scalars: dict[str, float] = {f"rank/{self._labels[name]}": rank for name, rank in self._ranks.items()}
+        scalars["rank/mean"] = self._mean_rank() or 0.0
+        scalars["rank/total_parameters"] = total_parameters(self._config.model, self._ranks)
+        self._scalars(step, scalars)
+        self._figure(step, "rank/map", lambda: figures.rank_map(self._history, self._config.train.steps, self._layers))
+
+    def _mean_rank(self) -> float | None:
+        return sum(self._ranks.values()) / len(self._ranks) if self._ranks else None
+
+    def _throughput(self, tokens_per_second: float) -> dict[str, float]:
+        flops = training_flops_per_token(self._config.model, self._ranks) * tokens_per_second / self._processes
+        scalars = {
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/tflops_per_device": flops / 1e12,
+            "throughput/dense_equivalent_speedup": dense_flops_ratio(self._config, self._ranks),
+        }
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        if peak is not None and self._config.train.precision != "fp32":
+            scalars["throughput/mfu"] = flops / peak
+        return scalars
+
+    def _progress(self, step: int, metrics: StepMetrics, tokens_per_second: float) -> None:
+        rank = self._mean_rank()
+        shown = {
+            "loss": f"{metrics.lm_loss:.4f}",
+            "ppl": f"{perplexity(metrics.lm_loss):.2f}",
+            "tokens/s": f"{tokens_per_second:,.0f}",
+            "rank": "dense" if rank is None else f"{rank:.1f}",
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        pace = (time.monotonic() - self._began) / max(step - self._first_step, 1)
+        left = int(pace * (self._config.train.steps - step))
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        facts = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self._print(f"step {step}/{self._config.train.steps}  {facts}  left {clock}")
+
+    def _record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        self._attempt(lambda: self._events.append({"time": moment, "step": step, "event": kind, **facts}))
+
+    def _say(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+        shown = "  ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
+        )
+        self._print(f"[{kind}] step {step}  {shown}".rstrip())
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+
+def _memory() -> dict[str, float]:
+    scalars: dict[str, float] = {"memory/resident_bytes": psutil.Process().memory_info().rss}
+    if torch.cuda.is_available():
+        scalars["memory/device_allocated_bytes"] = torch.cuda.memory_allocated()
+        scalars["memory/device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return scalars
+
+
+def _rank_history(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
+    """The steps at which ranks changed and the ranks from there on, walked back from the present ones."""
+    if not ranks:
+        return []
+    current = dict(ranks)
+    history = []
+    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
+        history.append((event["step"], dict(current)))
+        current |= event["before"]
+    history.append((0, current))
+    return history[::-1]

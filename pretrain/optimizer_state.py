@@ -1,0 +1,178 @@
+"""Masters and moments inside DeepSpeed's optimizers: one adapter per optimizer class.
+
+| ZeRO stage | DeepSpeed 0.19.8's class  | what this process owns                                             |
+|------------|---------------------------|--------------------------------------------------------------------|
+| 0 (fp32)   | torch's AdamW itself      | everything; the parameter is the master                            |
+| 1, 2       | `DeepSpeedZeroOptimizer`  | its slice of one flat fp32 tensor per parameter group, and moments |
+
+An adapter names the fragments this process owns as (parameter, flat start, values) without a collective: checkpoints write
+them as they are, augmentation gathers one parameter at a time from them. It reads private attributes of DeepSpeed
+(`_hp_mapping`, `single_partition_of_fp32_groups`, `bit16_groups`): `tests/pretrain/test_optimizer_state.py` fails when a
+release moves them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and leaves the
+other waiting, and with several parameter groups it misses all moments but the first group's.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from model.process_groups import data_group, data_index, data_size
+from pretrain.checkpoint_format import KEYS, Fragment
+
+# What a dynamic loss scaler counts; the rest of it is configuration.
+_SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A piece of one parameter and where its master and moments lie: `states[key][offset : offset + length]`."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+    states: dict[str, Tensor]
+
+
+class OptimizerState(Protocol):
+    """Masters and moments of an engine, by parameter name."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The fragments this process owns, as views; over all data-parallel processes they cover each shard once."""
+
+    def load(self, name: str, shard: Mapping[str, Tensor]) -> None:
+        """Takes this process's part of one parameter's states; `shard[key]` has the shape of the parameter's shard."""
+
+    def finish_loading(self) -> None:
+        """Makes the parameters that compute agree with the masters; after the last `load`, on all processes."""
+
+    def counters(self) -> dict[str, Any]:
+        """Adam's step count and the loss scaler's counters; JSON-able."""
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """Takes what `counters` gave."""
+
+
+def optimizer_state(engine: DeepSpeedEngine) -> OptimizerState:
+    """The adapter for the engine's optimizer; moments exist from here on, zero before the first step."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        return _ZeroState(engine)
+    if isinstance(engine.optimizer, torch.optim.AdamW):
+        return _PlainState(engine)
+    raise TypeError(f"no adapter for optimizer class {type(engine.optimizer).__name__}")
+
+
+class _AdamState:
+    """What both adapters share: a list of slices over fp32 tensors that torch's AdamW steps."""
+
+    def __init__(self, adam: torch.optim.AdamW, masters: list[Tensor]) -> None:
+        self.adam, self.masters = adam, masters
+        for master in masters:
+            self._prime(master)
+        self.slices: list[_Slice] = []
+
+    def _prime(self, master: Tensor) -> None:
+        """AdamW makes its state at the first step; a restored one needs it before. Same values, same types."""
+        if not self.adam.state[master]:
+            self.adam.state[master].update(
+                step=torch.zeros((), dtype=torch.float32, device=master.device),
+                exp_avg=torch.zeros_like(master),
+                exp_avg_sq=torch.zeros_like(master),
+            )
+
+    def _states(self, master: Tensor) -> dict[str, Tensor]:
+        state = self.adam.state[master]
+        moments = {key: state[key].view(-1) for key in KEYS if key != "master"}
+        return {"master": master.detach().view(-1), **moments}
+
+    def fragments(self) -> Iterator[Fragment]:
+        for piece in self.slices:
+            for key in KEYS:
+                values = piece.states[key].narrow(0, piece.offset, piece.length)
+                yield Fragment(piece.name, key, piece.start, values)
+
+    def load(self, name: str, shard: Mapping[str, Tensor]) -> None:
+        for piece in self.slices:
+            if piece.name == name:
+                for key in KEYS:
+                    values = shard[key].reshape(-1).narrow(0, piece.start, piece.length)
+                    piece.states[key].narrow(0, piece.offset, piece.length).copy_(values)
+
+    def counters(self) -> dict[str, Any]:
+        return {"adam_step": float(self.adam.state[self.masters[0]]["step"])}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        for master in self.masters:
+            self.adam.state[master]["step"].fill_(counters["adam_step"])
+
+
+class _PlainState(_AdamState):
+    """ZeRO 0 in fp32: every data-parallel process holds everything, the first one speaks for all."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        named = dict(engine.module.named_parameters())
+        super().__init__(engine.optimizer, list(named.values()))
+        self.slices = [_Slice(name, 0, p.numel(), 0, self._states(p)) for name, p in named.items()]
+
+    def fragments(self) -> Iterator[Fragment]:
+        if data_index() == 0:
+            yield from super().fragments()
+
+    def finish_loading(self) -> None:
+        """The parameters are the masters."""
+
+
+class _ZeroState(_AdamState):
+    """ZeRO 1 and 2: slices of one flat master per parameter group."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.zero: DeepSpeedZeroOptimizer = engine.optimizer
+        super().__init__(self.zero.optimizer, self.zero.single_partition_of_fp32_groups)
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        for group, master in zip(self.zero.bit16_groups, self.masters, strict=True):
+            states = self._states(master)
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # all of it lies with other processes
+                    continue
+                inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                self.slices.append(_Slice(names[id(parameter)], inside.start, inside.numel, flat.start, states))
+
+    def finish_loading(self) -> None:
+        self.zero.update_lp_params()
+
+    def counters(self) -> dict[str, Any]:
+        scaler = self.zero.loss_scaler
+        counts = {key: getattr(scaler, key) for key in _SCALER_COUNTERS if hasattr(scaler, key)}
+        return {**super().counters(), "loss_scaler": counts}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        super().load_counters(counters)
+        for key, value in counters["loss_scaler"].items():
+            setattr(self.zero.loss_scaler, key, value)
+
+
+def stash(state: OptimizerState) -> dict[str, list[Fragment]]:
+    """Copies of the fragments this process owns, in host memory: at most what it held before, none of it on the device."""
+    kept: dict[str, list[Fragment]] = {}
+    for fragment in state.fragments():
+        copy = fragment.values.detach().to("cpu", copy=True)
+        kept.setdefault(fragment.name, []).append(Fragment(fragment.name, fragment.key, fragment.start, copy))
+    return kept
+
+
+def gather(fragments: list[Fragment], shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
+    """One parameter's whole shard on every data-parallel process, per key with `shape`; a collective over them."""
+    whole = torch.zeros(len(KEYS), shape.numel(), device=device)
+    for fragment in fragments:
+        row = whole[KEYS.index(fragment.key)]
+        row.narrow(0, fragment.start, fragment.values.numel()).copy_(fragment.values)
+    if data_size() > 1:
+        dist.all_reduce(whole, group=data_group())
+    return {key: values.view(shape) for key, values in zip(KEYS, whole, strict=True)}

@@ -1,0 +1,64 @@
+"""Rank policies: pure decisions about which layer grows to which rank, one module each."""
+
+from collections.abc import Sequence
+
+from model.config import Projection
+from pretrain.policies.explained_ratio import ExplainedRatioPolicy, check_buffer
+from pretrain.policies.fixed import FixedPolicy
+from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, RankEvent, limit_growth, rank_cap
+from pretrain.policies.scheduled import ScheduledPolicy, check_events
+
+__all__ = [
+    "LayerMeasurement",
+    "Policy",
+    "RankConfig",
+    "RankEvent",
+    "build_policy",
+    "check_rank_config",
+    "limit_growth",
+    "rank_cap",
+]
+
+
+def build_policy(rank: RankConfig) -> Policy:
+    """The policy that `rank.policy` names."""
+    if rank.policy == "schedule":
+        return ScheduledPolicy(rank)
+    if rank.policy == "explained_ratio":
+        return ExplainedRatioPolicy(rank)
+    return FixedPolicy()
+
+
+def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: int) -> None:
+    """ValueError if ranks do not fit the layers, or the policy cannot do what is asked within `steps` steps."""
+    if not factored:
+        if rank.policy != "fixed":
+            raise ValueError(
+                f"rank.policy={rank.policy} has nothing to grow in a dense model: set model.parametrization=factored "
+                "or rank.policy=fixed"
+            )
+        return
+    narrowest = min(factored, key=lambda projection: projection.break_even_rank)
+    if rank.initial > narrowest.break_even_rank:
+        raise ValueError(
+            f"rank.initial {rank.initial} is above the break-even rank {narrowest.break_even_rank} of {narrowest.name} "
+            f"({narrowest.out_features} x {narrowest.in_features}), where factors cost more than the dense weight: "
+            "lower rank.initial"
+        )
+    if rank.events and rank.policy != "schedule":
+        raise ValueError(
+            f"rank.events belongs to rank.policy=schedule, and the policy is {rank.policy}: change one of them"
+        )
+    if rank.policy != "fixed" and rank.initial % rank.quantum:
+        raise ValueError(
+            f"rank.initial {rank.initial} is not a multiple of rank.quantum {rank.quantum}, and ranks grow in its "
+            "multiples: change one of them"
+        )
+    if rank.stop_step is not None and rank.stop_step < rank.start_step:
+        raise ValueError(
+            f"rank.stop_step {rank.stop_step} is before rank.start_step {rank.start_step}: change one of them"
+        )
+    if rank.policy == "schedule":
+        check_events(rank, factored, steps)
+    if rank.policy == "explained_ratio":
+        check_buffer(rank)

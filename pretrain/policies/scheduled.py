@@ -1,0 +1,64 @@
+"""Growth by a given list of steps and ranks, the same for every factored layer.
+
+It measures nothing, so it grows untrained factors as readily as trained ones: compare it with a fixed rank of the
+same budget.
+"""
+
+from collections.abc import Sequence
+
+from model.config import Projection
+from pretrain.policies.policy import LayerMeasurement, RankConfig, in_growth_window
+
+
+class ScheduledPolicy:
+    """Every layer goes to the rank of an event after the event's step."""
+
+    def __init__(self, rank: RankConfig) -> None:
+        self._ranks = {event.step: event.rank for event in rank.events}
+
+    def due(self, step: int) -> bool:
+        return step in self._ranks
+
+    def needs_spectra(self, step: int) -> bool:
+        return False
+
+    def targets(self, step: int, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
+        wanted = self._ranks[step]
+        return {layer.projection.name: wanted for layer in layers if layer.rank < wanted}
+
+
+def check_events(rank: RankConfig, projections: Sequence[Projection], steps: int) -> None:
+    """ValueError if an event could not happen exactly as written."""
+    if not rank.events:
+        raise ValueError("rank.policy=schedule needs at least one step and rank: set rank.events, or rank.policy=fixed")
+    narrowest = min(projections, key=lambda projection: projection.break_even_rank)
+    step, current = 0, rank.initial
+    for event in rank.events:
+        here = f"rank.events asks for rank {event.rank} at step {event.step}"
+        if event.step <= step:
+            raise ValueError(f"{here}, behind an event at step {step}: put the events in ascending order of step")
+        if event.rank <= current:
+            raise ValueError(
+                f"{here}, where it is {current} already: let the ranks ascend from rank.initial {rank.initial}"
+            )
+        if event.rank % rank.quantum:
+            raise ValueError(f"{here}, which is no multiple of rank.quantum {rank.quantum}: change one of them")
+        if event.rank > 2 * current:
+            raise ValueError(
+                f"{here}, more than double the {current} before it: put an event of rank {2 * current} between"
+            )
+        if event.rank > narrowest.break_even_rank:
+            raise ValueError(
+                f"{here}, above the break-even rank {narrowest.break_even_rank} of {narrowest.name} "
+                f"({narrowest.out_features} x {narrowest.in_features}), where factors cost more than the dense weight: "
+                "lower it"
+            )
+        if not in_growth_window(event.step, rank):
+            stop = "the end" if rank.stop_step is None else str(rank.stop_step)
+            raise ValueError(
+                f"{here}, outside rank.start_step {rank.start_step} to rank.stop_step {stop}: "
+                "move the event or the limits"
+            )
+        if event.step >= steps:
+            raise ValueError(f"{here}, and the run ends at train.steps {steps}: move the event or lengthen the run")
+        step, current = event.step, event.rank

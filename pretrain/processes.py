@@ -1,0 +1,65 @@
+"""The distributed life of a run: joining, agreeing, leaving."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from pretrain.errors import EspalierError
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def joined_processes() -> Iterator[int]:
+    """Joins the processes the launcher started (without a launcher: alone) and leaves them in order; yields their number.
+
+    Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    try:
+        yield dist.get_world_size()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every process; when it fails on any, all raise the error of the first that failed.
+
+    So a file that only one node misses ends the run with one sentence instead of leaving the others waiting.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except EspalierError as raised:
+        error = raised
+    errors: list[EspalierError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    failed = next((one for one in errors if one is not None), None)
+    if failed is not None:
+        failed.agreed = True
+        raise failed
+    return result  # type: ignore[return-value]

@@ -1,0 +1,117 @@
+"""What a run came to: loss, size and arithmetic against the dense model, growth, and what to do next.
+
+FLOPs are counted from the ranks each step really had, by `model.arithmetic`; against them stands the same number of
+tokens through the dense model. That ratio is arithmetic, not time: what of it is gained in seconds depends on the
+device.
+"""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from model.arithmetic import total_parameters, training_flops_per_token
+from pretrain.config import RunConfig
+from pretrain.schedule import samples_before
+
+
+def perplexity(lm_loss: float) -> float:
+    """exp of a loss in nats per token; infinite where it would overflow."""
+    return math.exp(lm_loss) if lm_loss < 700.0 else math.inf
+
+
+def dense_flops_ratio(config: RunConfig, ranks: Mapping[str, int]) -> float:
+    """FLOPs of a token through the dense model, divided by those executed at these ranks."""
+    return training_flops_per_token(config.model, {}) / training_flops_per_token(config.model, ranks)
+
+
+def executed_flops(
+    config: RunConfig, ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]], step: int
+) -> tuple[float, float]:
+    """FLOPs of the first `step` steps as executed, and through the dense model; `ranks`: after the last growth."""
+    current = dict(ranks)
+    executed = 0.0
+    end = step
+    length = config.model.sequence_length
+    batch, ramp = config.train.global_batch, config.train.batch_ramp
+    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
+        tokens = length * (samples_before(end, batch, ramp) - samples_before(event["step"], batch, ramp))
+        executed += tokens * training_flops_per_token(config.model, current)
+        current |= event["before"]
+        end = event["step"]
+    executed += length * samples_before(end, batch, ramp) * training_flops_per_token(config.model, current)
+    dense = length * samples_before(step, batch, ramp) * training_flops_per_token(config.model, {})
+    return float(executed), float(dense)
+
+
+def summarize(
+    config: RunConfig,
+    ranks: Mapping[str, int],
+    growth: Sequence[Mapping[str, Any]],
+    *,
+    step: int,
+    lm_loss: float,
+    validation_loss: float | None,
+    skipped_steps: int,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """The facts of a run that took `step` steps.
+
+    `growth` is as in a checkpoint's state, `ranks` are the present ones, `checkpoint` is the last one committed.
+    """
+    executed, dense = executed_flops(config, ranks, growth, step)
+    best = validation_loss if validation_loss is not None else lm_loss
+    return {
+        "step": step,
+        "steps": config.train.steps,
+        "skipped_steps": skipped_steps,
+        "consumed_tokens": config.model.sequence_length
+        * samples_before(step, config.train.global_batch, config.train.batch_ramp),
+        "lm_loss": lm_loss,
+        "validation_loss": validation_loss,
+        "perplexity": perplexity(best),
+        "mean_rank": sum(ranks.values()) / len(ranks) if ranks else None,
+        "parameters": total_parameters(config.model, ranks),
+        "dense_parameters": total_parameters(config.model, {}),
+        "training_flops": executed,
+        "dense_training_flops": dense,
+        "augmentations": len(growth),
+        "augmentation_seconds": sum(event["seconds"] for event in growth),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+
+
+def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
+    """The facts for a reader at the end of a run, with the commands that follow."""
+    validation = facts["validation_loss"]
+    where = "training" if validation is None else "validation"
+    loss = facts["lm_loss"] if validation is None else validation
+    executed = facts["training_flops"]
+    lines = [
+        f"step {facts['step']} of {facts['steps']}, {facts['consumed_tokens']:,} tokens, "
+        f"{facts['skipped_steps']} steps skipped",
+        f"{where} loss {loss:.4f}, perplexity {facts['perplexity']:.2f}",
+        _against("parameters", facts["parameters"], facts["dense_parameters"], f"{facts['parameters']:,}"),
+        _against("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
+    ]
+    if facts["mean_rank"] is not None:
+        lines.append(
+            f"mean rank {facts['mean_rank']:.1f} after {facts['augmentations']} augmentations, which took "
+            f"{facts['augmentation_seconds']:.1f} s"
+        )
+    if facts["checkpoint"] is not None:
+        merged, dense = shlex.quote(str(folder / "merged")), shlex.quote(str(folder / "dense"))
+        checkpoints = shlex.quote(str(Path(facts["checkpoint"]).parent))
+        lines += [
+            f"checkpoint {facts['checkpoint']}",
+            "next:",
+            f"  python tools/consolidate_checkpoint.py --checkpoint {checkpoints} --output {merged}",
+            f"  python tools/densify_checkpoint.py --input {merged} --output {dense}",
+            f"  tensorboard --logdir {shlex.quote(str(folder))}",
+        ]
+    return "\n".join(lines)
+
+
+def _against(name: str, ours: float, dense: float, shown: str) -> str:
+    return f"{name} {shown}: {100.0 * ours / dense:.1f} % of the dense model's" if dense else f"{name} {shown}"

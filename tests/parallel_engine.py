@@ -1,0 +1,129 @@
+"""What worker processes do in tests of the engine: train a small model on random text, with or without events."""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from megatron.core import parallel_state
+from torch import Tensor
+
+from model.config import ModelConfig, factored_projections
+from model.gpt import EspalierModel, build_model
+from model.process_groups import data_group, data_index, data_size, initialize_process_groups
+from model.spectrum import row_norm
+from pretrain.augmentation import GrowthPlan, augment
+from pretrain.checkpoint_format import KEYS
+from pretrain.engine import build_engine, gradient_norm, set_learning_rate
+from pretrain.optimizer_state import gather, optimizer_state, stash
+from pretrain.schedule import OptimizerConfig
+from tests.parallel_model import gather_logical, positions_of
+
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the supported matrix."""
+
+    stage: int = 1
+    precision: str = "fp32"
+    tensor: int = 1
+    accumulation: int = 1
+    micro_batch: int = 2
+
+
+def deepspeed_settings(case: Case) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": case.micro_batch,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": case.stage, "reduce_bucket_size": 10_000_000},
+        "steps_per_print": 10**9,
+    }
+    if case.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    if case.precision == "fp16":
+        # torch computes in fp16 on any CPU; DeepSpeed 0.19.8 asks oneDNN for fast kernels, which few have, and refuses.
+        type(get_accelerator()).is_fp16_supported = lambda self: True
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    return settings
+
+
+class SmallRun:
+    """A model, its engine, and text that does not depend on the layout."""
+
+    def __init__(self, config: ModelConfig, ranks: Mapping[str, int], case: Case) -> None:
+        if not parallel_state.model_parallel_is_initialized():
+            initialize_process_groups(case.tensor)
+        self.config, self.case, self.step = config, case, 0
+        self.engine = self.new_engine(build_model(config, ranks, seed=1))
+
+    def new_engine(self, model: EspalierModel) -> DeepSpeedEngine:
+        return build_engine(model, OPTIMIZER, deepspeed_settings(self.case))
+
+    def train(self, steps: int) -> list[tuple[float, float]]:
+        """Loss and gradient norm of each step."""
+        return [self._train_step() for _ in range(steps)]
+
+    def _train_step(self) -> tuple[float, float]:
+        case, model = self.case, self.engine.module
+        sequences = case.micro_batch * case.accumulation * data_size()
+        generator = torch.Generator().manual_seed(100 + self.step)
+        shape = (sequences, self.config.sequence_length + 1)
+        text = torch.randint(0, self.config.vocabulary, shape, generator=generator)
+        total, norm = torch.zeros(()), 0.0
+        for micro_step in range(case.accumulation):
+            model.dropout_counter.step, model.dropout_counter.micro_step = self.step, micro_step
+            first = (micro_step * data_size() + data_index()) * case.micro_batch
+            piece = text[first : first + case.micro_batch]
+            self.engine.set_gradient_accumulation_boundary(micro_step == case.accumulation - 1)
+            set_learning_rate(self.engine, OPTIMIZER.learning_rate)
+            tokens, labels = piece[:, :-1].contiguous(), piece[:, 1:].contiguous()
+            loss = self.engine(tokens, positions_of(tokens), None, labels=labels).mean()
+            self.engine.backward(loss)
+            if case.stage == 0 and micro_step == case.accumulation - 1:
+                norm = gradient_norm(self.engine)
+            self.engine.step()
+            total += loss.detach().float()
+        dist.all_reduce(total, group=data_group())
+        self.step += 1
+        mean = float(total) / (case.accumulation * data_size())
+        return mean, norm if case.stage == 0 else gradient_norm(self.engine)
+
+    def grow(self, ranks: Mapping[str, int]) -> None:
+        layers = self.engine.module.factored_layers()
+        plan = GrowthPlan(self.step, dict(ranks), {name: row_norm(layers[name].A) for name in ranks})
+        self.engine, _ = augment(self.engine, plan, rebuild=self.new_engine, seed=1)
+
+    def logical_state(self) -> dict[str, dict[str, Tensor]]:
+        """Whole masters and moments by key and name."""
+        kept = stash(optimizer_state(self.engine))
+        model = self.engine.module
+        shards = {n: gather(kept.get(n, []), p.shape, p.device) for n, p in model.named_parameters()}
+        return {key: gather_logical(model, {name: shard[key] for name, shard in shards.items()}) for key in KEYS}
+
+    def owned_bytes(self) -> dict[str, int]:
+        """Bytes of parameters, and of masters and moments, that this process holds."""
+        state = optimizer_state(self.engine)
+        tensors: dict[int, int] = {}
+        for fragment in state.fragments():
+            storage = fragment.values.untyped_storage()
+            tensors[storage.data_ptr()] = storage.nbytes()
+        return {
+            "parameters": sum(p.numel() * p.element_size() for p in self.engine.module.parameters()),
+            "state": sum(tensors.values()),
+        }
+
+
+def uniform_ranks(config: ModelConfig, rank: int) -> dict[str, int]:
+    return {projection.name: rank for projection in factored_projections(config)}
+
+
+def live_engines() -> int:
+    gc.collect()
+    return sum(isinstance(thing, DeepSpeedEngine) for thing in gc.get_objects())
