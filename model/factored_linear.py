@@ -74,7 +74,7 @@ class FactoredLinear(nn.Module):
 
     def _bottleneck(self, tokens: Tensor) -> Tensor:
         """`A norm(x)`, `(tokens, in/tp)` to `(tokens, rank)`, the same on all processes."""
-        if self.norm is None:
+        if self.norm is None or self.norm_weight is None:
             no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
             return reduce_bottleneck(tokens @ self.A.t(), no_statistics, self.A.new_empty(0, self.rank))[0]
         statistics = local_statistics(tokens, self.norm)
@@ -82,12 +82,12 @@ class FactoredLinear(nn.Module):
         if self.norm_bias is None:
             no_rows = scaled_A.new_empty(0, self.rank)
             product, everyone, _ = reduce_bottleneck(tokens @ scaled_A.t(), statistics, no_rows)
-            _, scale = mean_and_scale(everyone, self.norm, self.epsilon)
+            _, scale = mean_and_scale(everyone, self.epsilon)
             return (product.float() * scale).to(tokens.dtype)
         centred = (tokens.float() - statistics[:, :1]).to(tokens.dtype)
         sums = torch.stack([scaled_A.sum(dim=1), self.A @ self.norm_bias])
         product, everyone, rows = reduce_bottleneck(centred @ scaled_A.t(), statistics, sums)
-        mean, scale = mean_and_scale(everyone, self.norm, self.epsilon)
+        mean, scale = mean_and_scale(everyone, self.epsilon)
         between = (everyone[..., 0] - mean) @ rows[:, 0].float()
         return ((product.float() + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)
 

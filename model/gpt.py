@@ -187,7 +187,7 @@ class EspalierModel(GPTModel):
 
     def factored_layers(self) -> dict[str, FactoredLinear]:
         """The layers that have a rank, by `Projection.name`."""
-        return {p.name: self.get_submodule(p.name) for p in factored_projections(self.model_config)}  # type: ignore[misc]
+        return {p.name: self.get_submodule(p.name) for p in factored_projections(self.model_config)}
 
     def ranks(self) -> dict[str, int]:
         """The present rank of every factored layer."""
@@ -212,9 +212,9 @@ def tensor_layouts(model: nn.Module) -> dict[str, TensorLayout]:
         if not getattr(parameter, "tensor_model_parallel", False):
             layouts[name] = TensorLayout(tuple(shape))
             continue
-        dim = parameter.partition_dim
+        dim, stride = getattr(parameter, "partition_dim"), getattr(parameter, "partition_stride")
         shape[dim] *= tensor_size()
-        layouts[name] = TensorLayout(tuple(shape), dim, parameter.partition_stride)
+        layouts[name] = TensorLayout(tuple(shape), dim, stride)
     return layouts
 
 

@@ -33,14 +33,15 @@ def local_statistics(shard: Tensor, kind: NormKind) -> Tensor:
     return torch.cat([mean, (values - mean).square().mean(-1, keepdim=True).add(_SMALLEST_SQUARE).sqrt()], dim=-1)
 
 
-def mean_and_scale(statistics: Tensor, kind: NormKind, epsilon: float) -> tuple[Tensor | None, Tensor]:
-    """Mean over hidden (LayerNorm) and 1/rms or 1/σ, each `(tokens, 1)`, from the `statistics (tokens, tp, k)` of all."""
-    if kind == "rmsnorm":
-        return None, statistics[..., 0].square().mean(-1, keepdim=True).add(epsilon).rsqrt()
-    means, deviations = statistics.unbind(-1)
+def mean_and_scale(statistics: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Mean over hidden (RMSNorm: zero) and 1/rms or 1/σ, each `(tokens, 1)`, from the `statistics (tokens, tp, k)` of
+    all processes."""
+    spread = statistics[..., -1].square().mean(-1, keepdim=True)
+    if statistics.shape[-1] == 1:
+        return torch.zeros_like(spread), (spread + epsilon).rsqrt()
+    means = statistics[..., 0]
     mean = means.mean(-1, keepdim=True)
-    variance = deviations.square().mean(-1, keepdim=True) + (means - mean).square().mean(-1, keepdim=True)
-    return mean, variance.add(epsilon).rsqrt()
+    return mean, (spread + (means - mean).square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
 def new_sharded_vector(full_size: int, value: float) -> nn.Parameter:
@@ -73,9 +74,8 @@ class ShardedNorm(nn.Module):
         # fp32 for the exchange: two numbers a token are not worth rounding.
         nothing = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
         _, statistics, _ = reduce_bottleneck(nothing, local_statistics(tokens, self.kind), nothing[:0])
-        mean, scale = mean_and_scale(copy_to_group(statistics), self.kind, self.epsilon)
-        values = tokens.float() if mean is None else tokens.float() - mean
-        normalized = (values * scale).to(stream.dtype) * self.weight
+        mean, scale = mean_and_scale(copy_to_group(statistics), self.epsilon)
+        normalized = ((tokens.float() - mean) * scale).to(stream.dtype) * self.weight
         if self.bias is not None:
             normalized = normalized + self.bias
         return normalized.view_as(stream)

@@ -36,6 +36,7 @@ MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
 TOKENIZER_NAME = "tokenizer.model"
 STEP_PATTERN = re.compile(r"step_([0-9]{9,12})")
+FILE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
 LARGEST_STEP = 10**12 - 1
 MANIFEST_LIMIT_BYTES = 512 * 2**20
 CHUNK_BYTES = 8 * 2**20
@@ -86,7 +87,7 @@ class FragmentRecord(_Record):
 class FileRecord(_Record):
     """One file beside the manifest; a plain name, so that it cannot lie outside the folder."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$")
+    file: str = Field(pattern=FILE_PATTERN)
     bytes: int = Field(ge=0)
     checksum: str = Field(pattern=r"^[0-9a-f]{32}$", description="xxh3_128 of the whole file")
 
@@ -247,7 +248,7 @@ def check_coverage(
                     if start != position:
                         fault = f"from {position} to {start} are missing"
                         if start < position:
-                            fault = f"from {start} to {position} are there twice"
+                            fault = f"from {start} to {min(position, start + length)} are there twice"
                         raise CheckpointError(f"{key} of {name} (tensor-parallel index {index}): the numbers {fault}")
                     position = start + length
                 if position != size:
@@ -288,6 +289,15 @@ def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int,
         file.flush()
         os.fsync(file.fileno())
     return size, digest.hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Makes `path` hold `data`: all of it, or what it held before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_blocks(partial, [data])
+    os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> tuple[int, str]:

@@ -64,7 +64,7 @@ def read_limited(path: Path, limit_bytes: int) -> bytes:
 
 
 def open_tensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """A handle of a safetensors file and the shapes of its tensors, all fp32; maps the file and reads its header only."""
+    """A handle of a safetensors file, and the shapes of its tensors, all fp32; only the header is read."""
     plain_file_bytes(path)
     try:
         handle = safe_open(path, framework="pt", device="cpu")
@@ -191,7 +191,7 @@ class CheckpointReader:
             if found != expected:
                 name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
                 raise CheckpointError(
-                    f"{path} holds {name!r} with the shape {found.get(name)}, and the manifest says {expected.get(name)}"
+                    f"{path} holds {name!r} with shape {found.get(name)}, and the manifest says {expected.get(name)}"
                 )
             self._handles[shard.file] = handle
         return handle

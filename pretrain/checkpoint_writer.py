@@ -31,6 +31,7 @@ from torch import Tensor
 from model.sharding import TensorLayout
 from pretrain.checkpoint_format import (
     CHUNK_BYTES,
+    FILE_PATTERN,
     FORMAT_VERSION,
     FP32_BYTES,
     KEYS,
@@ -46,6 +47,7 @@ from pretrain.checkpoint_format import (
     encode_manifest,
     first_validation_error,
     fragment_name,
+    replace_file,
     shard_name,
     step_name,
     sync_folder,
@@ -119,7 +121,7 @@ def write_checkpoint(
         raise
     with _vote(f"the checkpoint of step {step} is saved, but what follows failed", root):
         if first:
-            _point(root, target.name)
+            replace_file(root / LATEST_NAME, f"{target.name}\n".encode())
             _prune(root, step, keep)
     return target
 
@@ -213,6 +215,9 @@ def _manifest(
 
 def _prepare(root: Path, staging: Path, layouts: Mapping[str, TensorLayout], extra_files: Mapping[str, Path]) -> None:
     """Clears leftovers, looks for enough room, and makes the staging folder."""
+    for name in extra_files:
+        if not re.fullmatch(FILE_PATTERN, name):
+            raise ValueError(f"the extra file {name!r} does not have a plain name")
     root.mkdir(parents=True, exist_ok=True)
     for path in list(root.iterdir()):
         if LEFTOVER_PATTERN.fullmatch(path.name):
@@ -293,15 +298,6 @@ def _commit(staging: Path, target: Path) -> None:
     sync_folder(target.parent)
     if replaced:
         _discard(aside)
-
-
-def _point(root: Path, name: str) -> None:
-    """Makes `latest` say `name`, all of it or nothing."""
-    temporary = root / f".{LATEST_NAME}.partial"
-    temporary.unlink(missing_ok=True)
-    write_blocks(temporary, [f"{name}\n".encode()])
-    os.replace(temporary, root / LATEST_NAME)
-    sync_folder(root)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

@@ -22,7 +22,10 @@ BASE_KEY = "extends"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys, tags or aliases; `1e-3` is a number, as in YAML 1.2."""
+    """Safe YAML without duplicate keys, tags or aliases, and with the plain scalars of YAML 1.2.
+
+    `1e-3` is a number, while `2024_01`, `on` and `12:30` are the text they look like.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -33,12 +36,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(0|[1-9][0-9]*)$", list("-+0123456789")),
+    ("float", r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -141,11 +146,11 @@ def nearest_setting(unknown: str, model: type[BaseModel]) -> str | None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake in a validation error, as one sentence."""
-    first = error.errors()[0]
+    """The first mistake in a validation error, as one sentence; a misspelt key counts before what is then missing."""
+    first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        nearest = nearest_setting(path, model)
+        nearest = nearest_setting(".".join(part for part in first["loc"] if isinstance(part, str)), model)
         return f"there is no setting {path}" + (f": did you mean {nearest}?" if nearest else "")
     if first["type"] == "missing":
         return f"{path} is missing: set it"

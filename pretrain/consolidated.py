@@ -66,7 +66,7 @@ class Index(BaseModel):
 
 
 def check_model(config: ModelConfig, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The tensors are those of a model with this architecture and these ranks; a `CheckpointError` says which is not."""
+    """The tensors are those of a model of this architecture and these ranks; else `CheckpointError`."""
     names = [projection.name for projection in factored_projections(config)]
     if set(names) != ranks.keys():
         raise CheckpointError(f"the ranks and the factored layers differ, such as in {min(ranks.keys() ^ set(names))}")
@@ -184,7 +184,8 @@ def write_consolidated(
         _replace(partial, output)
     except OSError as error:
         raise CheckpointError(
-            f"{output} could not be written: {error.strerror}: free space there, make it writable, or give another --output"
+            f"{output} could not be written ({error.strerror}): free space there, make it writable, or give another "
+            "--output"
         ) from error
     finally:
         if partial.exists():

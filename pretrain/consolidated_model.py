@@ -1,7 +1,7 @@
 """The training model from a consolidated folder, for tools that compare with it or run it without a launcher.
 
-    with single_process():
-        model = load_model(ConsolidatedModel(folder)).eval()
+with single_process():
+    model = load_model(ConsolidatedModel(folder)).eval()
 """
 
 import torch

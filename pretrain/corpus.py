@@ -105,7 +105,8 @@ def open_corpus(
     shares[2] = None  # the test documents belong to evaluation alone
     if validation_samples == 0:
         shares[1] = None
-    lengths = IndexedDataset(str(prefix)).sequence_lengths
+    index = IndexedDataset(str(prefix))
+    lengths = index.sequence_lengths.copy()  # its memory is unmapped with `index`
     for name, share in zip(("training", "validation"), shares[:2], strict=True):
         if share is not None:
             _together(partial(_check_share, data, model, name, share, lengths))

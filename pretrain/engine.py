@@ -19,7 +19,8 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
 
     On a factor it would be a nuclear-norm pressure on the product, since (‖A‖² + ‖B‖²) / 2 ≥ ‖BA‖_*, and fight growth.
     """
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         dense_weight = parameter.dim() > 1 and not name.endswith((".A", ".B"))
         (decayed if dense_weight else others).append(parameter)

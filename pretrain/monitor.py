@@ -102,7 +102,7 @@ class Monitor:
         self._first_step, self._began = resumed_step, time.monotonic()
         self._layers = factored_projections(config.model)
         self._labels = {layer.name: layer.label for layer in self._layers}
-        self._history = _rank_history(ranks, growth)
+        self.rank_history = _rank_history(ranks, growth)
         self._since_logged: list[StepMetrics] = []
         self._bar: tqdm | None = None
         self._warned = False
@@ -168,7 +168,7 @@ class Monitor:
         if not self._active:
             return
         self._ranks |= after
-        self._history.append((step, dict(self._ranks)))
+        self.rank_history.append((step, dict(self._ranks)))
         facts = {"layers": len(after), "mean_rank": self._mean_rank(), "seconds": seconds}
         self._record("augmentation", step, {**facts, "before": dict(before), "after": dict(after)})
         self._say("augmentation", step, facts)
@@ -243,7 +243,8 @@ class Monitor:
         scalars["rank/mean"] = self._mean_rank() or 0.0
         scalars["rank/total_parameters"] = total_parameters(self._config.model, self._ranks)
         self._scalars(step, scalars)
-        self._figure(step, "rank/map", lambda: figures.rank_map(self._history, self._config.train.steps, self._layers))
+        history, steps = self.rank_history, self._config.train.steps
+        self._figure(step, "rank/map", lambda: figures.rank_map(history, steps, self._layers))
 
     def _mean_rank(self) -> float | None:
         return sum(self._ranks.values()) / len(self._ranks) if self._ranks else None

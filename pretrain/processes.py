@@ -8,10 +8,11 @@ from typing import TypeVar
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pretrain.errors import EspalierError
+from pretrain.errors import ConfigError, EspalierError
 
 Result = TypeVar("Result")
 
@@ -40,6 +41,14 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def check_precision(precision: str) -> None:
+    """ConfigError if this machine's device cannot train in `precision`."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"DeepSpeed has no fp16 on this machine's {get_accelerator().device_name()} device: set train.precision to bf16 or fp32"
+        )
 
 
 def is_first_process() -> bool:

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ SIGNATURE = "# Espalier run"
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
 
 
-def refuse_foreign_folder(folder: Path) -> None:
-    """ConfigError if `folder` holds something that is not a run of ours: we write nothing among others' files."""
+def refuse_foreign_folder(folder: Path, expected: Sequence[str] = ()) -> None:
+    """ConfigError if `folder` holds something that is not a run of ours: we write nothing among others' files.
+
+    `expected`: beginnings of paths that may lie in a new folder, such as the run's own corpus and tokenizer.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -34,7 +38,8 @@ def refuse_foreign_folder(folder: Path) -> None:
         with record.open(encoding="utf-8", errors="replace") as lines:
             if lines.readline().startswith(SIGNATURE):
                 return
-    if any(folder.iterdir()):
+    beginnings = tuple(str(Path(path).resolve()) for path in expected)
+    if not all(str(entry.resolve()).startswith(beginnings) for entry in folder.iterdir()):
         raise ConfigError(
             f"run.folder {folder} is not empty and holds no Espalier run ({CONFIG_FILE}): "
             "set run.folder to a new or empty folder"

@@ -18,7 +18,7 @@ from pretrain.schedule import samples_before
 
 def perplexity(lm_loss: float) -> float:
     """exp of a loss in nats per token; infinite where it would overflow."""
-    return math.exp(lm_loss) if lm_loss < 700.0 else math.inf
+    return math.inf if lm_loss > 700.0 else math.exp(lm_loss)
 
 
 def dense_flops_ratio(config: RunConfig, ranks: Mapping[str, int]) -> float:

@@ -1,15 +1,16 @@
 """Trains a model whose ranks grow.
 
     deepspeed pretrain/train.py --config configs/quickstart.yaml data.prefix=corpus data.tokenizer=tokenizer.model
-    deepspeed --num_gpus 2 pretrain/train.py --config FILE parallel.tensor=2 train.precision=fp32     (two CPU processes)
+    deepspeed --num_gpus 2 pretrain/train.py --config FILE parallel.tensor=2           (two GPUs; without any, two CPU processes)
     deepspeed --hostfile hosts pretrain/train.py --config FILE deepspeed.stage=2
-    python pretrain/train.py --config FILE --print-config                                             (shows, trains nothing)
+    python pretrain/train.py --config FILE --print-config                              (shows the settings, trains nothing)
 
-Settings are `section.key=value`, laid over the file in order. A run folder that holds a checkpoint is continued from the newest
-one, by itself; one that is complete is left as it is.
+Settings are `section.key=value`, laid over the file in order. A run folder that holds a checkpoint is continued from its newest
+one, by itself; a run that is complete is left as it is.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,28 +19,140 @@ from model.process_groups import initialize_process_groups
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
-from pretrain.errors import CheckpointError, ConfigError, EspalierError, run_command
+from pretrain.errors import CheckpointError, ConfigError, run_command
 from pretrain.layout import Layout
 from pretrain.monitor import Monitor
-from pretrain.processes import is_first_process, joined_processes, together
+from pretrain.processes import check_precision, is_first_process, joined_processes, together
+from pretrain.run_folder import refuse_foreign_folder, write_run_record
 from pretrain.schedule import samples_before
+from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer
-from pretrain.trainer import Trainer, validation_micro_steps
+from pretrain.trainer import Trainer, validation_samples
 
 
-def train(run: Trainer, corpus: Corpus, monitor: Monitor, checkpoints: Path) -> None:
-    """The loop."""
+def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
+    """The loop: what happens in a step, and in which order."""
     train, checkpoint, state = run.config.train, run.config.checkpoint, run.state
+    loss, validation_loss, saved = float("nan"), None, None
     while state.step < train.steps:
         growth = run.augment_if_due()
         if growth is not None:
-            monitor.growth(growth, run.model.ranks(), run.spectra())
+            monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds)
 
-        monitor.train_step(state.step, run.train_step(corpus))
+        metrics = run.train_step()
+        monitor.train_step(state.step, metrics)
+        loss = metrics.lm_loss
 
         last = state.step == train.steps
-        if last or (train.validate_every and state.step % train.validate_every == 0):
-            monitor.validation(state.step, run.validate(corpus))
+        if run.corpus.validation is not None and (last or _due(state.step, train.validate_every)):
+            validation_loss, bits_per_byte = run.validate()
+            monitor.validation(state.step, validation_loss, bits_per_byte)
             monitor.spectra(state.step, run.spectra())
-        if last or (checkpoint.every and state.step % checkpoint.every == 0):
-            monitor.checkpoint(state.step, run.save(checkpoints, Path(run.config.data.tokenizer)))
+        if last or _due(state.step, checkpoint.every):
+            saved = run.save(checkpoints)
+            monitor.event("checkpoint", state.step, folder=str(saved))
+
+    history = [asdict(record) for record in state.growth]
+    monitor.summary(
+        summarize(
+            run.config,
+            run.model.ranks(),
+            history,
+            step=state.step,
+            lm_loss=loss,
+            validation_loss=validation_loss,
+            skipped_steps=state.skipped_steps,
+            checkpoint=saved,
+        )
+    )
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def run_training(config: RunConfig, processes: int) -> None:
+    """Everything between the command line and the loop; all processes run it."""
+    layout = config.layout(processes)
+    folder = Path(config.run.folder)
+    checkpoints = folder / "checkpoints"
+    together(lambda: refuse_foreign_folder(folder))
+    config = config.with_vocabulary(together(lambda: Tokenizer(config.data.tokenizer)).vocabulary)
+    config.layout(processes)  # once more: only now is the vocabulary known
+    initialize_process_groups(config.parallel.tensor)
+    reader = together(lambda: _open_newest(checkpoints, config))
+    if reader is not None and reader.step >= config.train.steps:
+        if is_first_process():
+            print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
+        return
+    train_config = config.train
+    corpus = open_corpus(
+        config.data,
+        config.model,
+        training_samples=samples_before(train_config.steps, train_config.global_batch, train_config.batch_ramp),
+        validation_samples=validation_samples(config, layout),
+        seed=config.run.seed,
+        cache=Path(config.data.cache) if config.data.cache else folder / "cache",
+    )
+    together(lambda: _check_same_corpus(reader, corpus))
+    together(lambda: write_run_record(folder, config) if is_first_process() else None)
+    run = Trainer(config, layout, corpus, reader)
+    monitor = Monitor(
+        folder,
+        config,
+        run.model.ranks(),
+        active=is_first_process(),
+        processes=processes,
+        resumed_step=run.state.step,
+        growth=[asdict(record) for record in run.state.growth],
+    )
+    if reader is not None:
+        monitor.event("resume", run.state.step, checkpoint=str(reader.folder))
+    try:
+        train(run, monitor, checkpoints)
+    finally:
+        monitor.close()
+
+
+def _open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
+    """The newest checkpoint, the same on all processes, verified and of this architecture; None in a new run."""
+    found = [find_checkpoint(checkpoints) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return None
+    reader = CheckpointReader(found[0])
+    reader.verify(dist.get_rank(), dist.get_world_size())
+    check_same_architecture(reader.state["model"], config)
+    return reader
+
+
+def _check_same_corpus(reader: CheckpointReader | None, corpus: Corpus) -> None:
+    if reader is not None and reader.state["corpus"] != corpus.fingerprint:
+        raise CheckpointError(
+            f"{reader.folder} was trained on another corpus or tokenizer than data.prefix names now: "
+            "use that one, or another run.folder"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains a model whose ranks grow.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of an installed config")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the file")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print_config(config)
+            return
+        check_precision(config.train.precision)
+    except ConfigError as error:
+        error.agreed = True  # every process reads the same settings
+        raise
+    with joined_processes() as processes:
+        run_training(config, processes)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
 from pretrain.augmentation import GrowthRecord, augment, measure_spectra, plan_growth
@@ -51,8 +52,8 @@ class TrainState:
 class Trainer:
     """One run on the present process groups."""
 
-    def __init__(self, config: RunConfig, layout: Layout, reader: CheckpointReader | None) -> None:
-        self.config, self.layout = config, layout
+    def __init__(self, config: RunConfig, layout: Layout, corpus: Corpus, reader: CheckpointReader | None) -> None:
+        self.config, self.layout, self.corpus = config, layout, corpus
         self.state = TrainState()
         self.policy = build_policy(config.rank)
         ranks = config.initial_ranks() if reader is None else reader.state["ranks"]
@@ -69,7 +70,7 @@ class Trainer:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, corpus: Corpus) -> StepMetrics:
+    def train_step(self) -> StepMetrics:
         """One optimizer step on the next unseen samples."""
         start = time.perf_counter()
         train, state = self.config.train, self.state
@@ -86,7 +87,7 @@ class Trainer:
             )
             # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their number.
             self.engine.set_gradient_accumulation_boundary(micro_step == accumulation - 1)
-            loss = self._mean_loss(batch_at(corpus.train, first, train.micro_batch))
+            loss = self._mean_loss(batch_at(self.corpus.train, first, train.micro_batch))
             self.engine.backward(loss)
             if self.config.deepspeed.stage == 0 and micro_step == accumulation - 1:
                 norm = gradient_norm(self.engine)
@@ -139,17 +140,15 @@ class Trainer:
         return float(self.engine.optimizer.cur_scale) if self.config.train.precision == "fp16" else None
 
     @torch.no_grad()
-    def validate(self, corpus: Corpus) -> tuple[float, float] | None:
-        """Loss in nats a token and bits a byte over the validation sequences, always the same; None without any."""
-        if corpus.validation is None:
-            return None
+    def validate(self) -> tuple[float, float]:
+        """Loss in nats a token and bits a byte over the validation sequences, always the same ones."""
         micro_batch = self.config.train.micro_batch
-        byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths())
+        byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
         sums = torch.zeros(3, dtype=torch.float64)
         self.engine.eval()
-        for micro_step in range(len(validation_micro_steps(self.config, self.layout))):
+        for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
             first = micro_batch_start(0, micro_step, micro_batch, data_index(), self.layout.data)
-            batch = batch_at(corpus.validation, first, micro_batch)
+            batch = batch_at(self.corpus.validation, first, micro_batch)
             mask = batch["loss_mask"].double()
             losses = self.engine(
                 batch["tokens"].to(device()), batch["position_ids"].to(device()), None, labels=batch["labels"].to(device())
@@ -169,7 +168,7 @@ class Trainer:
         step = self.state.step
         if not self.policy.due(step):
             return None
-        spectra = measure_spectra(self.model) if self.policy.needs_spectra(step) else {}
+        spectra = self.spectra() if self.policy.needs_spectra(step) else {}
         plan = plan_growth(self.model, self.policy, self.config.rank, step, spectra)
         if plan is None:
             return None
@@ -177,10 +176,14 @@ class Trainer:
         self.state.growth.append(record)
         return record
 
+    def spectra(self) -> dict[str, Tensor]:
+        """Singular values of every factored layer."""
+        return measure_spectra(self.model)
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def save(self, root: Path, tokenizer: Path) -> Path:
-        """Writes a checkpoint of the present step; a collective over all processes."""
+    def save(self, root: Path) -> Path:
+        """Writes a checkpoint of the present step below `root`; a collective over all processes."""
         adapter = optimizer_state(self.engine)
         return write_checkpoint(
             root,
@@ -191,7 +194,7 @@ class Trainer:
             tensor_index=tensor_index(),
             tensor_size=tensor_size(),
             keep=self.config.checkpoint.keep,
-            extra_files={"tokenizer.model": tokenizer},
+            extra_files={"tokenizer.model": Path(self.config.data.tokenizer)},
         )
 
     def _record(self, counters: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +206,8 @@ class Trainer:
             "growth": growth,
             "train": train,
             "optimizer": counters,
+            "corpus": self.corpus.fingerprint,
+            "tokenizer": {"vocabulary": self.config.model.vocabulary},
             "config": self.config.model_dump(mode="json"),
             "layout": asdict(self.layout),
         }
@@ -218,9 +223,9 @@ class Trainer:
         self.state = TrainState(**reader.state["train"], growth=growth)
 
 
-def validation_micro_steps(config: RunConfig, layout: Layout) -> range:
-    """Micro-steps of one validation: as many as cover `train.validation_sequences`."""
-    return range(-(-config.train.validation_sequences // (config.train.micro_batch * layout.data)))
+def validation_samples(config: RunConfig, layout: Layout) -> int:
+    """Sequences of one validation: `train.validation_sequences`, rounded up to whole micro-steps."""
+    return round_up(config.train.validation_sequences, config.train.micro_batch * layout.data)
 
 
 def _agreed(message: str) -> NumericalError:

@@ -54,9 +54,7 @@ def reference_loss(
 def tensor_shapes(config: ModelConfig, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Name and full shape of every parameter."""
     layer_norm = config.family == "gpt2"
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (config.padded_vocabulary, config.hidden)
-    }
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (config.padded_vocabulary, config.hidden)}
     if config.family == "gpt2":
         shapes["embedding.position_embeddings.weight"] = (config.sequence_length, config.hidden)
     norms = {"qkv": "input_layernorm", "fc1": "pre_mlp_layernorm"}

@@ -1,0 +1,36 @@
+"""Packaging of Espalier: `pip install .`, or `pip install -c constraints.txt -e ".[test]"` to work on it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="espalier",
+    version="0.1.0",
+    description="Pretrains transformers whose weights are low-rank products, and grows their ranks while they train",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["configs", "launch", "model", "model.*", "pretrain", "pretrain.*", "tools", "tools.*"]
+    ),
+    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "launch": ["*.sh"]},
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",
+        "matplotlib>=3.9",
+        "megatron-core>=0.16.1,<0.17",
+        "ninja",
+        "numpy>=2",
+        "pydantic>=2.10",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.18",
+        "tokenizers>=0.21",
+        "torch>=2.10",
+        "tqdm>=4.66",
+        "transformers>=5",
+        "xxhash>=3.5",
+        "zstandard>=0.23",
+    ],
+    extras_require={"test": ["mypy>=1.15", "pytest>=8.1", "ruff>=0.12", "types-PyYAML", "types-tqdm"]},
+)

@@ -1,0 +1,84 @@
+"""What a run came to, counted by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from model.arithmetic import total_parameters, training_flops_per_token
+from pretrain.config import parse_config
+from pretrain.summary import dense_flops_ratio, executed_flops, perplexity, summarize, summary_text
+
+CONFIG = parse_config(
+    {
+        "data": {"prefix": "corpus", "tokenizer": "tokenizer.model"},
+        "model": {"layers": 1, "hidden": 64, "heads": 4, "sequence_length": 32, "vocabulary": 100},
+        "train": {"steps": 10, "micro_batch": 1, "global_batch": 4},
+        "rank": {"initial": 8, "quantum": 8},
+    }
+)
+START = CONFIG.initial_ranks()
+NAMES = list(START)
+
+
+def grown(names: list[str], rank: int) -> dict[str, int]:
+    return {**START, **dict.fromkeys(names, rank)}
+
+
+GROWTH = [
+    {"step": 3, "before": {NAMES[0]: 8}, "after": {NAMES[0]: 16}, "seconds": 0.5},
+    {"step": 6, "before": {NAMES[0]: 16, NAMES[1]: 8}, "after": {NAMES[0]: 24, NAMES[1]: 16}, "seconds": 0.25},
+]
+FINAL = {**START, NAMES[0]: 24, NAMES[1]: 16}
+
+
+def test_flops_are_counted_at_the_ranks_each_step_had():
+    per_token = [training_flops_per_token(CONFIG.model, ranks) for ranks in (START, grown(NAMES[:1], 16), FINAL)]
+    tokens = 4 * 32
+    expected = tokens * (3 * per_token[0] + 3 * per_token[1] + 4 * per_token[2])
+    executed, dense = executed_flops(CONFIG, FINAL, GROWTH, 10)
+    assert executed == expected
+    assert dense == 10 * tokens * training_flops_per_token(CONFIG.model, {})
+    assert executed < dense
+
+
+def test_a_dense_run_costs_what_the_dense_model_costs():
+    executed, dense = executed_flops(CONFIG, {}, [], 10)
+    assert executed == dense
+    assert dense_flops_ratio(CONFIG, {}) == 1.0
+
+
+def test_perplexity_does_not_overflow():
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e6) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_summary_holds_the_facts_and_the_next_commands(tmp_path):
+    facts = summarize(
+        CONFIG,
+        FINAL,
+        GROWTH,
+        step=10,
+        lm_loss=3.0,
+        validation_loss=2.5,
+        skipped_steps=1,
+        checkpoint=tmp_path / "a run" / "checkpoints" / "step_000000010",
+    )
+    assert facts["perplexity"] == pytest.approx(math.exp(2.5))
+    assert facts["parameters"] == total_parameters(CONFIG.model, FINAL)
+    assert facts["augmentation_seconds"] == 0.75
+    assert facts["consumed_tokens"] == 10 * 4 * 32
+    text = summary_text(facts, tmp_path / "a run")
+    assert "validation loss 2.5000, perplexity 12.18" in text
+    assert "after 2 augmentations, which took 0.8 s" in text
+    assert f"--checkpoint '{tmp_path}/a run/checkpoints' --output '{tmp_path}/a run/merged'" in text
+
+
+def test_summary_of_a_dense_run_without_checkpoint():
+    facts = summarize(CONFIG, {}, [], step=5, lm_loss=3.0, validation_loss=None, skipped_steps=0, checkpoint=None)
+    text = summary_text(facts, Path("runs/x"))
+    assert "training loss 3.0000" in text
+    assert "100.0 % of the dense model's" in text
+    assert "mean rank" not in text
+    assert "next:" not in text

@@ -1,0 +1,211 @@
+"""Trains the tokenizer: sentencepiece BPE or unigram with byte fallback, under the conditions of pretrain/tokenizer.py.
+
+    python tools/train_tokenizer.py --input stdlib --output tokenizer.model --vocabulary 8192
+    python tools/train_tokenizer.py --input books.jsonl.xz notes/ --output tokenizer.model --vocabulary 32000 \\
+        --type unigram
+
+The same input and settings give the same file, byte for byte.
+"""
+
+import argparse
+import io
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from pretrain.errors import DataError, run_command
+from pretrain.tokenizer import END_OF_DOCUMENT, SCORE_QUANTUM, Piece, Tokenizer
+from tools.documents import find_files, read_documents
+
+CHUNK_CHARACTERS = 1000
+"""sentencepiece learns from "sentences": pieces of a document of about this length."""
+FEWEST_TOKENS = 256 + 2 + 94
+"""Bytes, <unk> and end of document, printable ASCII."""
+
+
+def main() -> None:
+    arguments = _arguments()
+    output: Path = arguments.output
+    if arguments.vocabulary < FEWEST_TOKENS:
+        raise DataError(
+            f"--vocabulary is {arguments.vocabulary}, and bytes, special tokens and ASCII alone take {FEWEST_TOKENS}: "
+            "raise --vocabulary"
+        )
+    if output.exists() and not arguments.overwrite:
+        raise DataError(f"{output} exists, and corpora may depend on it: add --overwrite or change --output")
+    start = time.perf_counter()
+    model = train_tokenizer(
+        find_files(arguments.input),
+        arguments.json_keys,
+        kind=arguments.type,
+        vocabulary=arguments.vocabulary,
+        seed=arguments.seed,
+        sample_chunks=arguments.sample_chunks,
+        threads=arguments.threads,
+    )
+    tokenizer = write_tokenizer(model, output)
+    print(
+        f"{output}: {tokenizer.kind}, {tokenizer.vocabulary} tokens, sha256 {tokenizer.fingerprint[:12]}, "
+        f"trained in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def train_tokenizer(
+    files: Sequence[Path],
+    json_keys: Sequence[str] = ("text",),
+    *,
+    kind: str = "bpe",
+    vocabulary: int = 8192,
+    seed: int = 1234,
+    sample_chunks: int = 400_000,
+    threads: int = 4,
+) -> bytes:
+    """A serialized sentencepiece model of the documents in `files`."""
+    chunks = _Chunks(files, json_keys)
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocabulary,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            # Indentation is worth a piece; nothing else reaches across a space, see pretrain/tokenizer.py.
+            allow_whitespace_only_pieces=True,
+            split_by_whitespace=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_DOCUMENT,
+            required_chars="".join(map(chr, range(0x21, 0x7F))),
+            character_coverage=0.9995,
+            input_sentence_size=sample_chunks,
+            shuffle_input_sentence=True,
+            max_sentence_length=4 * (CHUNK_CHARACTERS + 1),
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if chunks.error is not None:
+            raise chunks.error from None
+        raise DataError(_explained(str(error), kind, vocabulary, chunks)) from error
+    return _quantized(model.getvalue())
+
+
+def write_tokenizer(model: bytes, output: Path) -> Tokenizer:
+    """Writes a model file as a whole or not at all, and opens it."""
+    staging: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as file:
+            staging = Path(file.name)
+            file.write(model)
+            file.flush()
+            os.fsync(file.fileno())
+        Tokenizer(staging)
+        staging.chmod(0o644)
+        staging.replace(output)
+    except OSError as error:
+        raise DataError(f"{output} cannot be written ({error.strerror}): free space or change --output") from error
+    finally:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+    return Tokenizer(output)
+
+
+class _Chunks:
+    """The documents in pieces of at most `CHUNK_CHARACTERS` characters, cut in front of line ends."""
+
+    def __init__(self, files: Sequence[Path], json_keys: Sequence[str]) -> None:
+        self.documents = 0
+        self.characters = 0
+        self.error: BaseException | None = None
+        """What went wrong in reading: sentencepiece lets no exception through."""
+        self._files, self._json_keys = files, json_keys
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for document in read_documents(self._files, self._json_keys):
+                self.documents += 1
+                self.characters += len(document.text)
+                yield from split_text(document.text)
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+            raise
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Pieces of a text that begin, not end, with a line's end: sentencepiece drops those at the end of a sentence."""
+    start = 0
+    while start < len(text):
+        end = len(text)
+        if end - start > CHUNK_CHARACTERS:
+            end = text.rfind("\n", start + 1, start + CHUNK_CHARACTERS)
+            if end < 0:
+                end = start + CHUNK_CHARACTERS
+        yield text[start:end]
+        start = end
+
+
+def _quantized(serialized: bytes) -> bytes:
+    """Rounds scores to the multiples whose sums are exact; BPE scores are whole numbers already."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(serialized)
+    for piece in model.pieces:
+        if piece.type == Piece.NORMAL:
+            piece.score = min(round(piece.score / SCORE_QUANTUM) * SCORE_QUANTUM, 0.0)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _explained(message: str, kind: str, vocabulary: int, chunks: _Chunks) -> str:
+    """sentencepiece's refusal in our words."""
+    amount = f"{chunks.documents} documents with {chunks.characters} characters"
+    if "too high" in message:
+        most = message.rsplit("<=", 1)[-1].strip(" .")
+        return (
+            f"{amount} give a {kind} tokenizer of at most {most} tokens, and --vocabulary is {vocabulary}: "
+            "lower --vocabulary or give more --input"
+        )
+    if "smaller than required_chars" in message:
+        least = message.rsplit(" vs ", 1)[-1].split(".")[0]
+        return f"the text's characters alone take {least} tokens, and --vocabulary is {vocabulary}: raise --vocabulary"
+    if not chunks.characters or "all_chars_count" in message or "sentences_.empty()" in message:
+        return f"--input holds no text to learn from ({amount}): give other --input"
+    return f"sentencepiece could not train on {amount} ({message}): change --input, --vocabulary or --type"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a sentencepiece tokenizer on text.")
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders, or stdlib (tools/documents.py)")
+    parser.add_argument("--output", type=Path, required=True, help="model file to write, such as tokenizer.model")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens, special ones and bytes included (8192)")
+    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="kind of model (bpe)")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts in .jsonl lines (text)")
+    parser.add_argument(
+        "--sample-chunks",
+        type=int,
+        default=400_000,
+        help=f"learn from at most this many chunks of {CHUNK_CHARACTERS} characters, drawn at random (400000)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the draw and the order of chunks (1234)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=4,
+        help="of the training; the file depends on it, as on all settings (4)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)
