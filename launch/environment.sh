@@ -51,9 +51,9 @@ require_packages() { # python
 import importlib.util, sys
 needed = ["torch", "deepspeed", "megatron", "numpy", "pydantic", "yaml", "sentencepiece", "safetensors", "tokenizers",
           "transformers", "tensorboard", "matplotlib", "rich", "tqdm", "xxhash", "zstandard"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
+missing = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
 if missing:
-    sys.exit(f"error: {sys.executable} has no {', '.join(missing)}: install them, or unset ESPALIER_USE_CURRENT_PYTHON")
+    sys.exit(f"error: {sys.executable} has no {missing}: install them, or unset ESPALIER_USE_CURRENT_PYTHON")
 '
 }
 

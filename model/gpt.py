@@ -154,7 +154,7 @@ class EspalierModel(GPTModel):
             vocab_size=config.padded_vocabulary,
             max_sequence_length=config.sequence_length,
             position_embedding_type="rope" if config.family == "llama" else "learned_absolute",
-            rotary_base=int(config.rope_base),
+            rotary_base=config.rope_base,
             share_embeddings_and_output_weights=config.tied_embeddings,
         )
         self.model_config, self.dropout_counter = config, counter

@@ -60,14 +60,20 @@ def measure_spectra(model: EspalierModel) -> dict[str, Tensor]:
     return {name: singular_values(grams(layer.A, layer.B)).cpu() for name, layer in model.factored_layers().items()}
 
 
+def layer_measurements(model: EspalierModel, spectra: Mapping[str, Tensor]) -> list[LayerMeasurement]:
+    """What policies are given; without a spectrum a layer has an empty one."""
+    ranks = model.ranks()
+    return [
+        LayerMeasurement(p, ranks[p.name], spectra.get(p.name, torch.empty(0)).numpy())
+        for p in factored_projections(model.model_config)
+    ]
+
+
 def plan_growth(
     model: EspalierModel, policy: Policy, rank: RankConfig, step: int, spectra: Mapping[str, Tensor]
 ) -> GrowthPlan | None:
     """Process 0's decision from the reduced `spectra` (empty if the policy needs none), the same for all; a collective."""
-    layers = [
-        LayerMeasurement(p, model.ranks()[p.name], spectra.get(p.name, torch.empty(0)).numpy())
-        for p in factored_projections(model.model_config)
-    ]
+    layers = layer_measurements(model, spectra)
     decision = [limit_growth(policy.targets(step, layers), layers, rank, step) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(decision, src=0)
     ranks = decision[0]

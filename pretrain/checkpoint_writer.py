@@ -122,6 +122,8 @@ def write_checkpoint(
     with _vote(f"the checkpoint of step {step} is saved, but what follows failed", root):
         if first:
             replace_file(root / LATEST_NAME, f"{target.name}\n".encode())
+            if os.path.lexists(_aside(target)):
+                _discard(_aside(target))
             _prune(root, step, keep)
     return target
 
@@ -282,10 +284,15 @@ def _copy(source: Path, target: Path) -> FileRecord:
     return FileRecord(file=target.name, bytes=size, checksum=checksum)
 
 
+def _aside(target: Path) -> Path:
+    """Where a checkpoint waits while a new one of the same step takes its place."""
+    return target.with_name(f".replaced_{target.name}")
+
+
 def _commit(staging: Path, target: Path) -> None:
     """Gives the staging folder its name; an older checkpoint of the same step is moved aside until that is done."""
     sync_folder(staging)
-    aside = target.with_name(f".replaced_{target.name}")
+    aside = _aside(target)
     replaced = os.path.lexists(target)
     if replaced:
         os.rename(target, aside)
@@ -296,8 +303,6 @@ def _commit(staging: Path, target: Path) -> None:
             os.rename(aside, target)
         raise
     sync_folder(target.parent)
-    if replaced:
-        _discard(aside)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

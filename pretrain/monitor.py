@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import ArrayLike
 from torch.utils.tensorboard import SummaryWriter
@@ -27,14 +26,9 @@ from model.arithmetic import total_parameters, training_flops_per_token
 from model.config import factored_projections
 from pretrain import figures
 from pretrain.config import RunConfig
+from pretrain.devices import memory_scalars, peak_flops
 from pretrain.run_folder import JsonLines, json_text, replace_text
 from pretrain.summary import dense_flops_ratio, perplexity, summary_text
-
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12,
-    "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "V100": 125e12,
-}  # fmt: skip
-"""Dense 16-bit tensor FLOP/s by what the device's name contains; the first match counts."""
 
 CHARTS = {
     "Espalier": {
@@ -63,11 +57,6 @@ class StepMetrics:
     skipped_steps: int
     loss_scale: float | None = None
     """fp16 only."""
-
-
-def peak_flops(device_name: str) -> float | None:
-    """16-bit FLOP/s the device could do at best; None for a device we do not know."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def spectrum_scalars(singular_values: np.ndarray) -> dict[str, float]:
@@ -149,7 +138,7 @@ class Monitor:
         }
         if metrics.loss_scale is not None:
             scalars["train/loss_scale"] = metrics.loss_scale
-        self._scalars(step, scalars | self._throughput(tokens_per_second) | _memory())
+        self._scalars(step, scalars | self._throughput(tokens_per_second) | memory_scalars())
         self._progress(step, metrics, tokens_per_second)
 
     def validation(self, step: int, lm_loss: float, bits_per_byte: float | None = None) -> None:
@@ -294,14 +283,6 @@ class Monitor:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, flush=True)
-
-
-def _memory() -> dict[str, float]:
-    scalars: dict[str, float] = {"memory/resident_bytes": psutil.Process().memory_info().rss}
-    if torch.cuda.is_available():
-        scalars["memory/device_allocated_bytes"] = torch.cuda.memory_allocated()
-        scalars["memory/device_peak_bytes"] = torch.cuda.max_memory_allocated()
-    return scalars
 
 
 def _rank_history(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:

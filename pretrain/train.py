@@ -10,13 +10,15 @@ one, by itself; a run that is complete is left as it is.
 """
 
 import argparse
+import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from model.process_groups import initialize_process_groups
-from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
+from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
 from pretrain.errors import CheckpointError, ConfigError, run_command
@@ -71,20 +73,20 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def run_training(config: RunConfig, processes: int) -> None:
-    """Everything between the command line and the loop; all processes run it."""
+def run_training(config: RunConfig, processes: int) -> Trainer | None:
+    """Everything between the command line and the loop, and the loop; all processes call it. None: nothing was left to do."""
     layout = config.layout(processes)
     folder = Path(config.run.folder)
-    checkpoints = folder / "checkpoints"
-    together(lambda: refuse_foreign_folder(folder))
+    checkpoints, cache = folder / "checkpoints", Path(config.data.cache or folder / "cache")
+    together(lambda: refuse_foreign_folder(folder, (config.data.prefix, config.data.tokenizer, str(cache))))
     config = config.with_vocabulary(together(lambda: Tokenizer(config.data.tokenizer)).vocabulary)
     config.layout(processes)  # once more: only now is the vocabulary known
     initialize_process_groups(config.parallel.tensor)
-    reader = together(lambda: _open_newest(checkpoints, config))
+    reader = _open_newest(checkpoints, config)
     if reader is not None and reader.step >= config.train.steps:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
-        return
+        return None
     train_config = config.train
     corpus = open_corpus(
         config.data,
@@ -92,7 +94,7 @@ def run_training(config: RunConfig, processes: int) -> None:
         training_samples=samples_before(train_config.steps, train_config.global_batch, train_config.batch_ramp),
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
-        cache=Path(config.data.cache) if config.data.cache else folder / "cache",
+        cache=cache,
     )
     together(lambda: _check_same_corpus(reader, corpus))
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
@@ -108,21 +110,43 @@ def run_training(config: RunConfig, processes: int) -> None:
     )
     if reader is not None:
         monitor.event("resume", run.state.step, checkpoint=str(reader.folder))
+    elif config.rank.policy == "explained_ratio":
+        monitor.event("null", 0, mean_rank_if_never_trained=run.mean_untrained_rank())
     try:
         train(run, monitor, checkpoints)
     finally:
         monitor.close()
+    return run
 
 
 def _open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
-    """The newest checkpoint, the same on all processes, verified and of this architecture; None in a new run."""
-    found = [find_checkpoint(checkpoints) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        return None
-    reader = CheckpointReader(found[0])
+    """The newest whole checkpoint, the same on all processes, if it is of this architecture; None in a new run.
+
+    A damaged one is passed over with a warning. CheckpointError if there are checkpoints, and none is whole: a run never starts
+    over by itself.
+    """
+    folders = [step_folders(checkpoints)]
+    dist.broadcast_object_list(folders, src=0)
+    errors = []
+    for folder in folders[0]:
+        try:
+            reader = together(partial(_verified, folder))
+        except CheckpointError as error:
+            errors.append(error)
+            if is_first_process():
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+            continue
+        together(partial(check_same_architecture, reader.state["model"], config))
+        return reader
+    if errors:
+        raise errors[0]
+    return None
+
+
+def _verified(folder: Path) -> CheckpointReader:
+    """The checkpoint, with this process's share of its files read and compared with their checksums."""
+    reader = CheckpointReader(folder)
     reader.verify(dist.get_rank(), dist.get_world_size())
-    check_same_architecture(reader.state["model"], config)
     return reader
 
 

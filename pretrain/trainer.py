@@ -18,7 +18,7 @@ from torch import Tensor
 from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
-from pretrain.augmentation import GrowthRecord, augment, measure_spectra, plan_growth
+from pretrain.augmentation import GrowthRecord, augment, layer_measurements, measure_spectra, plan_growth
 from pretrain.checkpoint_reader import CheckpointReader
 from pretrain.checkpoint_writer import write_checkpoint
 from pretrain.config import RunConfig
@@ -31,6 +31,7 @@ from pretrain.monitor import Monitor, StepMetrics
 from pretrain.optimizer_state import optimizer_state
 from pretrain.checkpoint_format import KEYS
 from pretrain.policies import build_policy
+from pretrain.policies.explained_ratio import untrained_ranks
 from pretrain.schedule import global_batch_at, learning_rate
 
 # fp16 skips a handful of steps while it looks for its loss scale; a run that skips this many in a row is not coming back.
@@ -176,6 +177,11 @@ class Trainer:
         self.state.growth.append(record)
         return record
 
+    def mean_untrained_rank(self) -> float:
+        """The null of the explained-ratio rule: the mean rank it would reach if training never changed the factors."""
+        ranks = untrained_ranks(layer_measurements(self.model, self.spectra()), self.config.rank)
+        return sum(ranks.values()) / len(ranks)
+
     def spectra(self) -> dict[str, Tensor]:
         """Singular values of every factored layer."""
         return measure_spectra(self.model)
@@ -200,6 +206,7 @@ class Trainer:
     def _record(self, counters: dict[str, Any]) -> dict[str, Any]:
         train = asdict(self.state)
         growth = train.pop("growth")
+        tokenizer = self.corpus.tokenizer
         return {
             "model": self.config.model.model_dump(mode="json"),
             "ranks": self.model.ranks(),
@@ -207,7 +214,7 @@ class Trainer:
             "train": train,
             "optimizer": counters,
             "corpus": self.corpus.fingerprint,
-            "tokenizer": {"vocabulary": self.config.model.vocabulary},
+            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary},
             "config": self.config.model_dump(mode="json"),
             "layout": asdict(self.layout),
         }

@@ -10,7 +10,6 @@ the fp32 weights of one of the two models at a time.
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ def main() -> None:
     max_shard_bytes = parse_bytes(arguments.max_shard_size)
     if _read_marker(arguments.input) is not None:
         raise CheckpointError(f"{arguments.input} is a dense export already: give a consolidated model as --input")
+    transformers.utils.logging.disable_progress_bar()
     consolidated = ConsolidatedModel(arguments.input)
     dtype = _DTYPES[arguments.dtype]
     output = arguments.output.resolve()
@@ -117,14 +117,17 @@ def _check_disk(output: Path, needed_bytes: int) -> None:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or is removed when anything goes wrong."""
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    aside = output.with_name(f".{output.name}.{os.getpid()}.replaced")
+    staging = output.with_name(f".{output.name}.partial")
+    aside = output.with_name(f".{output.name}.replaced")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        if staging.exists():
+            shutil.rmtree(staging)  # of a run that was killed
+        staging.mkdir(parents=True)
         yield staging
         sync_folder(staging)
         if output.exists():
+            if aside.exists():
+                shutil.rmtree(aside)
             output.rename(aside)
         try:
             staging.rename(output)

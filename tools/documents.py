@@ -176,9 +176,7 @@ def _json_texts(path: Path, content: IO[bytes], keys: Sequence[str]) -> Iterator
         for key in keys:
             if key not in record:
                 has = ", ".join(map(repr, sorted(record)[:8])) or "none"
-                raise DataError(
-                    f"{place}: has no key {key!r} (keys there: {has}): name the text's key with --json-keys"
-                )
+                raise DataError(f"{place}: has no key {key!r} (it has {has}): name the text's key with --json-keys")
             text = record[key]
             if not isinstance(text, str):
                 raise DataError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -28,7 +29,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{arguments.model} cannot be loaded, export it again: {_first_line(error)}") from error
     print(continue_text(model.eval(), tokenizer, arguments))
 

@@ -10,9 +10,10 @@ The same input and settings give the same file, byte for byte.
 import argparse
 import io
 import os
+import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -36,6 +37,8 @@ def main() -> None:
             f"--vocabulary is {arguments.vocabulary}, and bytes, special tokens and ASCII alone take {FEWEST_TOKENS}: "
             "raise --vocabulary"
         )
+    if arguments.sample_chunks < 1:
+        raise DataError(f"--sample-chunks is {arguments.sample_chunks}: set it to 1 or more")
     if output.exists() and not arguments.overwrite:
         raise DataError(f"{output} exists, and corpora may depend on it: add --overwrite or change --output")
     start = time.perf_counter()
@@ -66,9 +69,10 @@ def train_tokenizer(
     threads: int = 4,
 ) -> bytes:
     """A serialized sentencepiece model of the documents in `files`."""
-    chunks = _Chunks(files, json_keys)
+    documents = (document.text for document in read_documents(files, json_keys))
+    # Drawn here: sentencepiece's own draw gives another sample every time, whatever its seed.
+    chunks = draw_sample((chunk for text in documents for chunk in split_text(text)), sample_chunks, seed)
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(chunks),
@@ -89,15 +93,12 @@ def train_tokenizer(
             eos_piece=END_OF_DOCUMENT,
             required_chars="".join(map(chr, range(0x21, 0x7F))),
             character_coverage=0.9995,
-            input_sentence_size=sample_chunks,
-            shuffle_input_sentence=True,
+            shuffle_input_sentence=False,
             max_sentence_length=4 * (CHUNK_CHARACTERS + 1),
             num_threads=threads,
             minloglevel=2,
         )
     except RuntimeError as error:
-        if chunks.error is not None:
-            raise chunks.error from None
         raise DataError(_explained(str(error), kind, vocabulary, chunks)) from error
     return _quantized(model.getvalue())
 
@@ -123,25 +124,16 @@ def write_tokenizer(model: bytes, output: Path) -> Tokenizer:
     return Tokenizer(output)
 
 
-class _Chunks:
-    """The documents in pieces of at most `CHUNK_CHARACTERS` characters, cut in front of line ends."""
-
-    def __init__(self, files: Sequence[Path], json_keys: Sequence[str]) -> None:
-        self.documents = 0
-        self.characters = 0
-        self.error: BaseException | None = None
-        """What went wrong in reading: sentencepiece lets no exception through."""
-        self._files, self._json_keys = files, json_keys
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for document in read_documents(self._files, self._json_keys):
-                self.documents += 1
-                self.characters += len(document.text)
-                yield from split_text(document.text)
-        except (Exception, KeyboardInterrupt) as error:
-            self.error = error
-            raise
+def draw_sample(chunks: Iterable[str], most: int, seed: int) -> list[str]:
+    """At most `most` of the chunks, each with the same chance, without holding more than those (reservoir sampling)."""
+    draw = random.Random(seed)
+    kept: list[str] = []
+    for seen, chunk in enumerate(chunks):
+        if seen < most:
+            kept.append(chunk)
+        elif (place := draw.randrange(seen + 1)) < most:
+            kept[place] = chunk
+    return kept
 
 
 def split_text(text: str) -> Iterator[str]:
@@ -166,9 +158,9 @@ def _quantized(serialized: bytes) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _explained(message: str, kind: str, vocabulary: int, chunks: _Chunks) -> str:
+def _explained(message: str, kind: str, vocabulary: int, chunks: Sequence[str]) -> str:
     """sentencepiece's refusal in our words."""
-    amount = f"{chunks.documents} documents with {chunks.characters} characters"
+    amount = f"{sum(map(len, chunks))} characters of text"
     if "too high" in message:
         most = message.rsplit("<=", 1)[-1].strip(" .")
         return (
@@ -178,7 +170,7 @@ def _explained(message: str, kind: str, vocabulary: int, chunks: _Chunks) -> str
     if "smaller than required_chars" in message:
         least = message.rsplit(" vs ", 1)[-1].split(".")[0]
         return f"the text's characters alone take {least} tokens, and --vocabulary is {vocabulary}: raise --vocabulary"
-    if not chunks.characters or "all_chars_count" in message or "sentences_.empty()" in message:
+    if "all_chars_count" in message or "sentences_.empty()" in message:
         return f"--input holds no text to learn from ({amount}): give other --input"
     return f"sentencepiece could not train on {amount} ({message}): change --input, --vocabulary or --type"
 
@@ -196,7 +188,7 @@ def _arguments() -> argparse.Namespace:
         default=400_000,
         help=f"learn from at most this many chunks of {CHUNK_CHARACTERS} characters, drawn at random (400000)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the draw and the order of chunks (1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draw (1234)")
     parser.add_argument(
         "--threads",
         type=int,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from pretrain.config import RunConfig, parse_config
 from pretrain.deepspeed_config import deepspeed_dict
@@ -52,6 +53,19 @@ def test_installed_files_go_by_their_name_and_suit_every_precision(stage, precis
     assert found["zero_optimization"]["reduce_bucket_size"] == 200_000_000
     assert found["train_batch_size"] == 32
     assert "auto" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_deepspeed_takes_what_we_write(stage, precision, installed):
+    config = configured(precision, stage, f"zero{stage}" if installed else None)
+    taken = DeepSpeedConfig(deepspeed_dict(config, config.layout(1)))
+    assert taken.zero_optimization_stage == stage
+    assert taken.train_batch_size == 32
+    assert taken.gradient_accumulation_steps == 8
+    assert taken.float16_config.enabled == (precision == "fp16")
+    assert taken.bfloat16_config.enabled == (precision == "bf16")
 
 
 def test_what_the_file_says_is_kept(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from pretrain.config import parse_config
-from pretrain.monitor import Monitor, StepMetrics, peak_flops, spectrum_scalars
+from pretrain.devices import peak_flops
+from pretrain.monitor import Monitor, StepMetrics, spectrum_scalars
 from pretrain.summary import summarize
 
 CONFIG = parse_config(
@@ -198,6 +199,8 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, capsys):
     assert shown.count("loss 2.0000") == 2
 
 
+# TensorBoard's own thread ends with the error that it hands to the monitor.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_fills_up_costs_one_warning(tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(

@@ -145,19 +145,25 @@ def test_one_wrong_number_in_the_written_file_is_noticed(
         compare_with_export(consolidated, output, dtype=dtype)
 
 
-def test_refused_export_leaves_nothing(consolidated_folder: Maker, tmp_path, monkeypatch, capsys) -> None:
+def test_refused_export_leaves_nothing_and_an_earlier_one_as_it_was(
+    consolidated_folder: Maker, tmp_path, monkeypatch, capsys
+) -> None:
     source, output = consolidated_folder("gpt2"), tmp_path / "dense"
+    densify(monkeypatch, source, tmp_path / "earlier")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "earlier").iterdir()}
 
     def write_and_damage(consolidated: ConsolidatedModel, folder: Path, **settings: object) -> None:
         write_dense_export(consolidated, folder, **settings)  # type: ignore[arg-type]
         _damage(folder / "model.safetensors", "transformer.h.0.attn.c_attn.weight")
 
     monkeypatch.setattr(densify_checkpoint, "write_dense_export", write_and_damage)
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda: densify(monkeypatch, source, output))
-    assert ended.value.code == 3
-    assert "error: the export does not compute what the factored model computes" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    for folder, flags in ((output, ()), (tmp_path / "earlier", ("--overwrite",))):
+        with pytest.raises(SystemExit) as ended:
+            run_command(partial(densify, monkeypatch, source, folder, *flags))
+        assert ended.value.code == 3
+        assert "error: the export does not compute what the factored model computes" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier", "merged"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "earlier").iterdir()} == before
 
 
 def test_numbers_that_do_not_fit_are_refused(consolidated_folder: Maker, tmp_path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """`tools/generate.py` on a small export of random numbers."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,10 @@ def test_refuses_in_a_sentence(run: Run) -> None:
         run("--prompt", "def", model="missing")
     with pytest.raises(CheckpointError, match="is no dense export"):
         run("--prompt", "def", model="merged")
+
+
+def test_damaged_weights_are_refused_in_a_sentence(run: Run, folder: Path) -> None:
+    shutil.copytree(folder / "dense", folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=r"damaged cannot be loaded, export it again: Error while deserializing"):
+        run("--prompt", "def", model="damaged")

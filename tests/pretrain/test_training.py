@@ -1,0 +1,323 @@
+"""Whole runs: the same curve on every layout, exact resume, and kills that cost nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from pretrain.checkpoint_format import KEYS
+from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
+from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError
+from tests.distributed import run
+from tests.training_runs import curve, make_corpus, train_in_workers, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder
+
+
+def _train(corpus: Path, folder: Path, processes: int, *overrides: str, **sections: dict[str, Any]) -> Path:
+    config = write_config(folder.with_suffix(".yaml"), corpus, folder, **sections)
+    run(train_in_workers, processes, str(config), list(overrides))
+    return folder
+
+
+# The same curve on every layout ---------------------------------------------------------------------------------------
+
+LAYOUTS = [(2, 2, 0), (2, 2, 2), (4, 4, 1), (4, 2, 2), (2, 1, 1)]
+"""Processes, tensor-parallel size, ZeRO stage."""
+ALL_LAYOUTS = [
+    *LAYOUTS,
+    *(
+        pytest.param(data * tensor, tensor, stage, marks=pytest.mark.matrix)
+        for data in (1, 2)
+        for tensor in (1, 2, 4)
+        for stage in (0, 1, 2)
+        if data * tensor <= 4 and (data * tensor, tensor, stage) not in LAYOUTS
+    ),
+]
+VARIANTS = [("llama", "factored", "all"), ("gpt2", "factored", "mlp")]
+ALL_VARIANTS = [
+    *VARIANTS,
+    *(
+        pytest.param(*variant, marks=pytest.mark.matrix)
+        for variant in (("gpt2", "factored", "all"), ("llama", "factored", "mlp"), ("llama", "dense", "all"), ("gpt2", "dense", "all"))
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Curves of one process and ZeRO 1, by variant."""
+    curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+
+    def of(family: str, parametrization: str, factored_layers: str) -> list[dict[str, Any]]:
+        key = (family, parametrization, factored_layers)
+        if key not in curves:
+            folder = tmp_path_factory.mktemp("alone") / "run"
+            curves[key] = curve(_train(corpus, folder, 1, **_twenty_steps(*key)))
+        return curves[key]
+
+    yield of
+
+
+def _twenty_steps(family: str, parametrization: str, factored_layers: str) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"family": family, "parametrization": parametrization, "factored_layers": factored_layers},
+        "train": {"steps": 20},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    if parametrization == "dense":
+        sections["rank"] = {"policy": "fixed", "events": []}
+    return sections
+
+
+@pytest.mark.parametrize(("processes", "tensor", "stage"), ALL_LAYOUTS)
+@pytest.mark.parametrize(("family", "parametrization", "factored_layers"), ALL_VARIANTS)
+def test_every_layout_gives_the_same_curve(
+    corpus: Path,
+    tmp_path: Path,
+    alone: Any,
+    family: str,
+    parametrization: str,
+    factored_layers: str,
+    processes: int,
+    tensor: int,
+    stage: int,
+) -> None:
+    """Losses and gradient norms of 20 steps with two augmentations."""
+    sections = _twenty_steps(family, parametrization, factored_layers)
+    overrides = [f"parallel.tensor={tensor}", f"deepspeed.stage={stage}"]
+    found = curve(_train(corpus, tmp_path / "run", processes, *overrides, **sections))
+    expected = alone(family, parametrization, factored_layers)
+    assert [line["step"] for line in found] == list(range(1, 21))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine["mean_rank"] == other["mean_rank"]
+        assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4 if mine["step"] > 10 else 1e-5)
+
+
+# Precision, schedules, policies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "family"), [(1, "llama"), (2, "gpt2")])
+def test_bf16_follows_fp32(corpus: Path, tmp_path: Path, stage: int, family: str) -> None:
+    sections = _twenty_steps(family, "factored", "all")
+    exact = curve(_train(corpus, tmp_path / "fp32", 2, "parallel.tensor=2", **sections))
+    overrides = ["parallel.tensor=2", "train.precision=bf16", f"deepspeed.stage={stage}"]
+    rounded = curve(_train(corpus, tmp_path / "bf16", 2, *overrides, **sections))
+    for mine, other in zip(rounded, exact, strict=True):
+        assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-2)
+
+
+def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
+    ramp = {"train": {"batch_ramp": {"start": 4, "increment": 4, "steps": 6}, "global_batch": 12}}
+    lines = curve(_train(corpus, tmp_path / "run", 2, "schedule.shape=linear", **ramp))
+    assert [line["global_batch"] for line in lines] == [4] * 3 + [8] * 3 + [12] * 6
+    assert [line["consumed_samples"] for line in lines][-1] == 3 * 4 + 3 * 8 + 6 * 12
+
+
+def test_explained_ratio_grows_by_its_spectra_and_reports_its_null(corpus: Path, tmp_path: Path) -> None:
+    rank = {"policy": "explained_ratio", "initial": 8, "buffer": 4, "check_every": 3, "events": []}
+    folder = _train(corpus, tmp_path / "run", 2, "parallel.tensor=2", rank=rank)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "null"] == [0]
+    assert curve(folder)[-1]["mean_rank"] > 8
+
+
+# Resume ---------------------------------------------------------------------------------------------------------------
+
+
+def _cut_back(folder: Path, copy: Path, step: int) -> None:
+    """What a kill after the checkpoint of `step` leaves: nothing later, `latest` pointing at what is gone."""
+    shutil.copytree(folder, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+
+
+RESUMES = [
+    ({"parallel.tensor": 2, "deepspeed.stage": 1}, "llama"),
+    ({"parallel.tensor": 1, "deepspeed.stage": 2, "train.precision": "bf16"}, "gpt2"),
+    ({"parallel.tensor": 1, "deepspeed.stage": 0}, "gpt2"),
+]
+
+
+@pytest.mark.parametrize(("settings", "family"), RESUMES)
+def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: dict[str, Any], family: str) -> None:
+    """From right before an event (4), right after it (5), several events before the end (2), and between (9)."""
+    overrides = [f"{key}={value}" for key, value in settings.items()] + ["checkpoint.every=1"]
+    sections = {"model": {"family": family, "hidden_dropout": 0.1, "attention_dropout": 0.1}}
+    whole = _train(corpus, tmp_path / "whole", 2, *overrides, **sections)
+    expected = curve(whole)
+    final = CheckpointReader(whole / "checkpoints" / "step_000000012")
+    for step in (2, 4, 5, 9):
+        again = tmp_path / f"from_{step}"
+        _cut_back(whole, again, step)
+        _train(corpus, again, 2, *overrides, **sections)
+        assert curve(again) == expected
+        found = CheckpointReader(again / "checkpoints" / "step_000000012")
+        assert found.state["ranks"] == final.state["ranks"]
+        for name in final.layouts:
+            for key in KEYS:
+                assert torch.equal(found.read(name, key), final.read(name, key)), f"{key} of {name} from step {step}"
+
+
+def test_another_layout_takes_over(corpus: Path, tmp_path: Path) -> None:
+    """Two tensor-parallel processes begin, two data-parallel ones go on: the same curve to rounding."""
+    whole = _train(corpus, tmp_path / "whole", 2, "parallel.tensor=2", "checkpoint.every=6")
+    again = tmp_path / "again"
+    _cut_back(whole, again, 6)
+    _train(corpus, again, 2, "parallel.tensor=1", "deepspeed.stage=2")
+    for mine, other in zip(curve(again), curve(whole), strict=True):
+        assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def _launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(_free_port())]
+    command += [str(ROOT / "pretrain" / "train.py"), "--config", str(config), "parallel.tensor=2", *overrides]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if any("--local_rank" in word for word in child.cmdline())]
+
+
+def _wait_for(condition: Any, launcher: subprocess.Popen[str], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if launcher.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"it never happened:\n{launcher.communicate(timeout=30)[0]}")
+        time.sleep(0.001)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_kill_minus_nine_costs_nothing_committed(corpus: Path, tmp_path: Path, moment: str) -> None:
+    """One of two processes is killed in mid-run or in mid-save; started again, the run ends as if nothing had been."""
+    sections = {"model": {"hidden": 256}, "train": {"steps": 10}, "checkpoint": {"every": 3}}
+    whole = _train(corpus, tmp_path / "whole", 2, "parallel.tensor=2", **sections)
+    folder = tmp_path / "killed"
+    config = write_config(tmp_path / "killed.yaml", corpus, folder, **sections)
+    checkpoints = folder / "checkpoints"
+    launcher = _launch(config)
+    _wait_for(lambda: (checkpoints / "step_000000003" / "manifest.json").exists(), launcher)
+    if moment == "save":
+        _wait_for(lambda: any(checkpoints.glob(".staging_step_000000006*")), launcher)
+    _workers(launcher)[1].send_signal(signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0, output
+    newest = find_checkpoint(checkpoints)
+    assert newest is not None
+    assert newest.name in ("step_000000003", "step_000000006")
+    if moment == "save":
+        assert newest.name == "step_000000003"
+    CheckpointReader(newest).verify()
+    _train(corpus, folder, 2, "parallel.tensor=2", **sections)
+    assert curve(folder) == curve(whole)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def _refused(
+    kind: type[EspalierError], corpus: Path, folder: Path, *overrides: str, **sections: dict[str, Any]
+) -> str:
+    with pytest.raises(kind) as caught:
+        _train(corpus, folder, 2, *overrides, **sections)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_foreign_folder_is_refused_and_left_alone(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.txt").write_text("mine")
+    assert "run.folder" in _refused(ConfigError, corpus, folder)
+    assert [path.name for path in folder.iterdir()] == ["chapter.txt"]
+
+
+def test_processes_and_heads_must_divide(corpus: Path, tmp_path: Path) -> None:
+    assert "2 processes" in _refused(ConfigError, corpus, tmp_path / "a", "parallel.tensor=4")
+    assert "heads" in _refused(ConfigError, corpus, tmp_path / "b", "parallel.tensor=2", model={"heads": 1})
+    assert "global_batch" in _refused(ConfigError, corpus, tmp_path / "c", "train.global_batch=9")
+    assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_missing_and_truncated_data_are_named(corpus: Path, tmp_path: Path) -> None:
+    assert "nowhere" in _refused(DataError, corpus, tmp_path / "a", "data.prefix=/nowhere/corpus")
+    assert "nowhere" in _refused(DataError, corpus, tmp_path / "b", "data.tokenizer=/nowhere/tokenizer.model")
+    for suffix in (".bin", ".idx"):
+        copy = tmp_path / f"cut{suffix}"
+        shutil.copytree(corpus, copy)
+        damaged = copy / f"corpus{suffix}"
+        damaged.write_bytes(damaged.read_bytes()[:-3])
+        assert f"corpus{suffix}" in _refused(DataError, corpus, tmp_path / "c", f"data.prefix={copy / 'corpus'}")
+    assert "model.vocabulary" in _refused(ConfigError, corpus, tmp_path / "d", "model.vocabulary=1000")
+
+
+def test_resume_needs_the_same_model_and_a_whole_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    folder = _train(corpus, tmp_path / "run", 2, "checkpoint.every=6")
+    message = _refused(ConfigError, corpus, folder, "train.steps=14", model={"hidden": 64})
+    assert "model.hidden is 32 there and 64 here" in message
+    for manifest in (folder / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert "manifest" in _refused(CheckpointError, corpus, folder, "train.steps=14")
+
+
+def test_full_disk_ends_the_run_with_one_sentence(corpus: Path, tmp_path: Path) -> None:
+    """A real file system of two megabytes, where this machine lets us mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        message = _refused(CheckpointError, corpus, small / "run", model={"hidden": 128})
+        assert "space" in message.lower()
+        assert not list((small / "run" / "checkpoints").glob("step_*"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_users_mistake_is_one_line_and_an_exit_code(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run")
+    command = [sys.executable, str(ROOT / "pretrain" / "train.py"), "--config", str(config), "train.stepz=3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "train.stepz" in errors[0]
+    assert "train.steps" in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,188 @@
+"""The corpus tool: the same files whatever the workers, nothing half-written, refusals in one sentence."""
+
+import errno
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from pretrain.errors import DataError
+from pretrain.index_check import check_index, files_of
+from pretrain.tokenizer import Tokenizer
+from tests.small_corpus import small_tokenizer
+from tools import preprocess_corpus as tool
+from tools.documents import find_files
+from tools.preprocess_corpus import preprocess
+
+TEXTS = ["def f():\r\n\treturn 1\n", "a\u2581b", "", "é😀\n\n  x", "</s> <0x0A> <|end of document|>", "\u2581"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "in" / "texts.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["preprocess_corpus.py", *map(str, arguments)])
+    tool.main()
+
+
+def documents_of(prefix: Path) -> list[list[int]]:
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[n].tolist() for n in range(len(dataset))]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_corpus_holds_the_documents(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    lines: Path,
+) -> None:
+    prefix = tmp_path / "out" / "deep" / "corpus"
+    flags = ("--input", lines, "--output-prefix", prefix, "--tokenizer-model", tokenizer.path)
+    call(monkeypatch, *flags, "--append-eod")
+    end = tokenizer.end_of_document
+    kept = [text for text in TEXTS if text]
+    assert documents_of(prefix) == [[*tokenizer.encode(text), end] for text in kept]
+    facts = check_index(prefix, tokenizer.vocabulary, tokenizer.fingerprint)
+    assert facts.documents == len(kept)
+    assert facts.text_bytes == sum(len(text.encode()) for text in kept)
+    assert facts.round_trip_exceptions == 2
+    assert facts.end_of_document
+    assert names_in(prefix.parent) == ["corpus.bin", "corpus.idx", "corpus.json"]
+    report = capsys.readouterr().out
+    assert f"{facts.documents} documents, {facts.tokens} tokens (uint16)" in report
+    assert "tokens/s" in report
+    assert "2 documents hold U+2581" in report
+    call(monkeypatch, *flags, "--overwrite")
+    assert documents_of(prefix) == [tokenizer.encode(text) for text in kept]
+
+
+def test_output_does_not_depend_on_workers_batches_or_compression(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    files = find_files(["stdlib"])[::40]
+    packed = []
+    for path in files:
+        packed.append(tmp_path / "packed" / f"{path.stem}.py.gz")
+        packed[-1].parent.mkdir(exist_ok=True)
+        packed[-1].write_bytes(gzip.compress(path.read_bytes()))
+    preprocess(files, tmp_path / "one", tokenizer.path)
+    expected = [path.read_bytes() for path in files_of(tmp_path / "one")]
+    monkeypatch.setattr(tool, "BATCH_CHARACTERS", 30_000)
+    preprocess(files, tmp_path / "three", tokenizer.path, workers=3)
+    assert [path.read_bytes() for path in files_of(tmp_path / "three")] == expected
+    preprocess(packed, tmp_path / "packed_corpus", tokenizer.path)
+    assert [path.read_bytes() for path in files_of(tmp_path / "packed_corpus")] == expected
+
+
+def test_an_existing_corpus_is_kept_without_overwrite(tmp_path: Path, tokenizer: Tokenizer, lines: Path) -> None:
+    prefix = tmp_path / "corpus"
+    preprocess([lines], prefix, tokenizer.path)
+    before = [path.read_bytes() for path in files_of(prefix)]
+    with pytest.raises(DataError, match=r"corpus exists: add --overwrite or change --output-prefix"):
+        preprocess([lines], prefix, tokenizer.path, append_eod=False)
+    assert [path.read_bytes() for path in files_of(prefix)] == before
+
+
+@pytest.mark.parametrize("name", ["corpus.bin", "corpus.idx", "corpus.json"])
+def test_foreign_files_are_never_overwritten(tmp_path: Path, tokenizer: Tokenizer, lines: Path, name: str) -> None:
+    (tmp_path / name).write_text("someone's own")
+    with pytest.raises(DataError, match=rf"{name} exists and was not written by this tool"):
+        preprocess([lines], tmp_path / "corpus", tokenizer.path, overwrite=True)
+    assert (tmp_path / name).read_text() == "someone's own"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_is_left_behind_by_a_bad_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer, lines: Path, workers: int
+) -> None:
+    monkeypatch.setattr(tool, "BATCH_CHARACTERS", 5)
+    with lines.open("a") as file:
+        file.write('{"text": "good"}\nbad\n')
+    before = names_in(tmp_path)
+    with pytest.raises(DataError, match=r"texts\.jsonl, line 8: is not JSON"):
+        preprocess([lines], tmp_path / "corpus", tokenizer.path, workers=workers)
+    assert names_in(tmp_path) == before
+
+
+def test_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer, lines: Path) -> None:
+    preprocess([lines], tmp_path / "corpus", tokenizer.path)
+    before = {path: path.read_bytes() for path in files_of(tmp_path / "corpus")}
+    listed = names_in(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\): free space or change --out"):
+        preprocess([lines], tmp_path / "corpus", tokenizer.path, append_eod=False, overwrite=True)
+    assert names_in(tmp_path) == listed
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_no_text_at_all(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match="holds no text: every document is empty"):
+        preprocess([tmp_path / "empty.txt"], tmp_path / "corpus", tokenizer.path)
+    assert names_in(tmp_path) == ["empty.txt"]
+
+
+def test_a_large_vocabulary_takes_int32(tmp_path: Path, lines: Path) -> None:
+    """Some 70,000 characters make a vocabulary that uint16 cannot number."""
+    from tools.train_tokenizer import train_tokenizer, write_tokenizer
+
+    characters = [chr(code) for code in range(0x10000, 0x30000) if chr(code).isprintable()][:66_000]
+    assert len(characters) == 66_000
+    text = tmp_path / "characters.txt"
+    text.write_text("".join(character * 2 for character in characters))
+    model = train_tokenizer([text], vocabulary=66_600)
+    tokenizer = write_tokenizer(model, tmp_path / "large.model")
+    facts = preprocess([text], tmp_path / "corpus", tokenizer.path)
+    assert facts.token_type == "int32"
+    tokens = np.fromfile(tmp_path / "corpus.bin", dtype=np.int32).tolist()
+    assert max(tokens) > 65_535
+    assert tokenizer.decode(tokens) == text.read_text()
+
+
+def test_interrupt_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Ctrl-C reaches the tool and its workers while they work."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "tools.preprocess_corpus", "--input", *(["stdlib"] * 30), "--workers", "2"]
+    command += ["--output-prefix", str(folder / "corpus"), "--tokenizer-model", str(tokenizer.path)]
+    process = subprocess.Popen(
+        command, cwd=Path(tool.__file__).parent.parent, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in folder.glob(".corpus*/corpus.bin")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert names_in(folder) == []

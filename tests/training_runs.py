@@ -1,0 +1,75 @@
+"""Whole training runs on small corpora, in worker processes and through the launcher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from model.process_groups import tensor_group, tensor_size
+from pretrain.config import load_config
+from pretrain.train import run_training
+from tests.parallel_model import positions_of
+from tools.documents import find_files
+from tools.preprocess_corpus import preprocess
+from tools.train_tokenizer import train_tokenizer, write_tokenizer
+
+SMALL = {
+    "model": {"layers": 2, "hidden": 32, "heads": 4, "sequence_length": 32},
+    "train": {"steps": 12, "micro_batch": 2, "global_batch": 8, "log_every": 1, "validate_every": 6},
+    "optimizer": {"learning_rate": 3e-3},
+    "rank": {"policy": "schedule", "initial": 4, "quantum": 2, "events": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}]},
+    "checkpoint": {"every": 0, "keep": 20},
+}
+
+
+def make_corpus(folder: Path) -> None:
+    """`folder/corpus` and `folder/tokenizer.model`: some modules of the standard library."""
+    text = folder / "text"
+    text.mkdir(parents=True)
+    for module in ("ast", "argparse", "bisect", "calendar", "dis", "enum", "heapq", "inspect", "json", "string"):
+        source = Path(__import__(module).__file__ or "")
+        (text / f"{module}.py").write_bytes(source.read_bytes())
+    files = find_files([str(text)])
+    write_tokenizer(train_tokenizer(files, vocabulary=500), folder / "tokenizer.model")
+    preprocess(files, folder / "corpus", folder / "tokenizer.model")
+
+
+def write_config(path: Path, corpus: Path, folder: Path, **sections: dict[str, Any]) -> Path:
+    """A YAML config: the small run with `sections` laid over it."""
+    settings = {
+        **{name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}},
+        "data": {"prefix": str(corpus / "corpus"), "tokenizer": str(corpus / "tokenizer.model"), "split": "80,20,0"},
+    }
+    settings["run"] = {"folder": str(folder), **sections.get("run", {})}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def train_in_workers(config: str, overrides: list[str], probe: bool = False) -> Tensor | None:
+    """A whole run in a worker; with `probe` the trained model's logits `(1, seq, padded vocabulary)` of a fixed text."""
+    run = run_training(load_config(config, overrides), dist.get_world_size())
+    if not probe:
+        return None
+    assert run is not None
+    tokens = probe_tokens(run.config.model.vocabulary, run.config.model.sequence_length)
+    run.engine.eval()
+    with torch.no_grad():
+        logits = run.engine(tokens, positions_of(tokens), None).contiguous()
+    every = [torch.empty_like(logits) for _ in range(tensor_size())]
+    dist.all_gather(every, logits, group=tensor_group())
+    return torch.cat(every, dim=-1)
+
+
+def probe_tokens(vocabulary: int, length: int) -> Tensor:
+    return torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(9))
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "per_second")
+    return [{key: value for key, value in line.items() if not key.endswith(timed)} for line in lines]
