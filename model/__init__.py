@@ -2,8 +2,9 @@
 
 import warnings
 
-# What our dependencies say at import or at every call, and that a user of this package can do nothing about: megatron-core
-# 0.16.1 misses optional packages it does not need here; torch 2.13 renames collectives whose old names torch 2.10 needs.
+# What our dependencies say at import or at every call, and that a user of this package can do nothing about:
+# megatron-core 0.16.1 misses optional packages it does not need here; torch 2.13 renames collectives whose old names
+# torch 2.10 needs.
 for _message in (
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",

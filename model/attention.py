@@ -54,7 +54,8 @@ class ScaledDotProductAttention(nn.Module):
         )
 
     def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # The kernels draw from the default generator: it is seeded for this site and put back, so that no state runs on.
+        # The kernels draw from the default generator: it is seeded for this site and put back, so that no state runs
+        # on.
         devices = [query.device] if query.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.counter.site_seed(self.layer, "attention", sharded=True))

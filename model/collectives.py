@@ -3,9 +3,9 @@
 All of them work on contiguous copies of their own: megatron-core 0.16.1's `_reduce` all-reduces `x.contiguous()` and
 returns `x`, so a slice or an expanded gradient would come back unreduced without a word.
 
-The pair around a bottleneck is Megatron's g and f (Shoeybi et al. 2019, section 3): `reduce_bottleneck` sums forward and is
-the identity backward, `copy_to_group` is the identity forward and sums backward. What lies between them is computed
-alike by every process, with full values and full gradients.
+The pair around a bottleneck is Megatron's g and f (Shoeybi et al. 2019, section 3): `reduce_bottleneck` sums forward
+and is the identity backward, `copy_to_group` is the identity forward and sums backward. What lies between them is
+computed alike by every process, with full values and full gradients.
 """
 
 from typing import Any
@@ -130,12 +130,13 @@ def copy_to_group(tensor: Tensor) -> Tensor:
 def gather_stream(shard: Tensor) -> Tensor:
     """`(seq, batch, hidden/tp)` to `(seq, batch, hidden)`; the gradient is summed and scattered.
 
-    Every process must use the gathered tensor for a different share of the result (a column-parallel layer that does not
-    reduce its input gradient itself), or gradients come out tp times too large.
+    Every process must use the gathered tensor for a different share of the result (a column-parallel layer that does
+    not reduce its input gradient itself), or gradients come out tp times too large.
     """
     return shard if tensor_size() == 1 else _GatherStream.apply(shard)
 
 
 def scatter_stream(partial: Tensor) -> Tensor:
-    """Sums `partial (seq, batch, hidden)` over the group and keeps `(seq, batch, hidden/tp)`; the gradient is gathered."""
+    """Sums `partial (seq, batch, hidden)` over the group and keeps `(seq, batch, hidden/tp)`; the gradient is
+    gathered."""
     return partial if tensor_size() == 1 else _ScatterStream.apply(partial)

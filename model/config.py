@@ -1,7 +1,8 @@
 """Architecture and parametrization of one model, validated, and the list of its linear projections.
 
 `ModelConfig` is all that is needed, together with the ranks, to build a model, to count its parameters, and to name its
-tensors: checkpoints and exports carry it. Sizes are the full ones; how they are split over processes is not its business.
+tensors: checkpoints and exports carry it. Sizes are the full ones; how they are split over processes is not its
+business.
 """
 
 from dataclasses import dataclass
@@ -135,8 +136,19 @@ def projections(config: ModelConfig) -> list[Projection]:
     for layer in range(config.layers):
         prefix = f"decoder.layers.{layer}."
         found += [
-            Projection(prefix + "self_attention.linear_qkv", layer, "qkv", config.hidden, qkv_width, attention, True, False),
-            Projection(prefix + "self_attention.linear_proj", layer, "proj", config.hidden, config.hidden, attention, False, True),
+            Projection(
+                prefix + "self_attention.linear_qkv", layer, "qkv", config.hidden, qkv_width, attention, True, False
+            ),
+            Projection(
+                prefix + "self_attention.linear_proj",
+                layer,
+                "proj",
+                config.hidden,
+                config.hidden,
+                attention,
+                False,
+                True,
+            ),
             Projection(prefix + "mlp.linear_fc1", layer, "fc1", config.hidden, fc1_width, factored, True, False),
             Projection(prefix + "mlp.linear_fc2", layer, "fc2", config.ffn_width, config.hidden, factored, False, True),
         ]

@@ -1,7 +1,7 @@
 """Dense layers inside a stream that is split along hidden, for models whose MLPs alone are factored.
 
-The column-parallel layer gathers its input along hidden, the row-parallel one scatters its sum along hidden: forward and
-backward move what Megatron's two all-reduces move, and the stream outside stays split.
+The column-parallel layer gathers its input along hidden, the row-parallel one scatters its sum along hidden: forward
+and backward move what Megatron's two all-reduces move, and the stream outside stays split.
 """
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear

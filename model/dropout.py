@@ -1,9 +1,9 @@
 """Dropout whose masks come from counters, not from a running generator.
 
-A mask's seed is a hash of (run seed, step, micro-step, data-parallel index, layer, site) and of the tensor-parallel index where
-the tensor is split. The same counters always give the same mask: recomputation and resume are exact, and no generator
-state is saved. megatron-core 0.16.1's tracker of generator states raises without CUDA, and a default generator with one seed
-would give every hidden shard the same mask.
+A mask's seed is a hash of (run seed, step, micro-step, data-parallel index, layer, site) and of the tensor-parallel
+index where the tensor is split. The same counters always give the same mask: recomputation and resume are exact, and no
+generator state is saved. megatron-core 0.16.1's tracker of generator states raises without CUDA, and a default
+generator with one seed would give every hidden shard the same mask.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """Token and position embedding into the hidden-sharded stream.
 
 megatron-core's embedding can scatter along the sequence only and adds positions at full width. Here the look-up in the
-vocabulary shard is summed and scattered along hidden in one reduce-scatter, and the position table is split along hidden.
+vocabulary shard is summed and scattered along hidden in one reduce-scatter, and the position table is split along
+hidden.
 """
 
 import torch

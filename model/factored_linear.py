@@ -2,13 +2,14 @@
 
     y = B (A norm(x)) + b,      A (rank, in),  B (out, rank)
 
-Bottleneck layout (published as BOOST, arXiv 2512.12131): the stream is split along hidden, A along its columns, B along its
-rows, and the rank never. Process i computes
+Bottleneck layout (published as BOOST, arXiv 2512.12131): the stream is split along hidden, A along its columns, B along
+its rows, and the rank never. Process i computes
 
     h_i = A_i (g_i ⊙ x_i)  ── all-reduce (rank wide) ──>  h = Σ h_i / rms(x)  ──>  y_i = B_i h
 
-where the statistics of the norm ride in the same all-reduce; backward there is one all-reduce of the gradient of h. LayerNorm
-centres each shard on its own mean μ_i first, and mends the difference with row sums that ride along as extra rows:
+where the statistics of the norm ride in the same all-reduce; backward there is one all-reduce of the gradient of h.
+LayerNorm centres each shard on its own mean μ_i first, and mends the difference with row sums that ride along as extra
+rows:
 
     A LN(x) = (Σ A_i (g_i ⊙ (x_i − μ_i)) + Σ (μ_i − μ) A_i g_i) / σ + Σ A_i β_i
 
@@ -66,7 +67,8 @@ class FactoredLinear(nn.Module):
         mark_sharded(self.B, dim=0, stride=self.stride)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the caller."""
+        """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the
+        caller."""
         bottleneck = copy_to_group(self._bottleneck(hidden.flatten(0, -2)))
         added = None if self.skip_bias_add else self.bias
         output = nn.functional.linear(bottleneck, self.B, added).view(*hidden.shape[:-1], -1)

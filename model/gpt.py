@@ -8,15 +8,16 @@
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -207,19 +208,21 @@ def build_model(config: ModelConfig, ranks: Mapping[str, int], *, seed: int) -> 
 def tensor_layouts(model: nn.Module) -> dict[str, TensorLayout]:
     """Full shape and split of every parameter, from the marks megatron-core and our layers leave on it."""
     layouts = {}
-    for name, parameter in model.named_parameters():
+    parameters: list[tuple[str, Any]] = list(model.named_parameters())
+    for name, parameter in parameters:
         shape = list(parameter.shape)
         if not getattr(parameter, "tensor_model_parallel", False):
             layouts[name] = TensorLayout(tuple(shape))
             continue
-        dim, stride = getattr(parameter, "partition_dim"), getattr(parameter, "partition_stride")
+        dim, stride = parameter.partition_dim, parameter.partition_stride
         shape[dim] *= tensor_size()
         layouts[name] = TensorLayout(tuple(shape), dim, stride)
     return layouts
 
 
 def _mark_megatron_shards(model: EspalierModel, config: ModelConfig) -> None:
-    """megatron-core 0.16.1 marks the weights of its own layers only while it initializes them, which we do ourselves."""
+    """megatron-core 0.16.1 marks the weights of its own layers only while it initializes them, which we do
+    ourselves."""
     for name, module in model.named_modules():
         if isinstance(module, ColumnParallelLinear) and module.weight is not None:
             mark_sharded(module.weight, dim=0, stride=2 if config.gated and name.endswith("linear_fc1") else 1)

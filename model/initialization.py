@@ -1,11 +1,12 @@
 """Initial values that depend on the run seed, the parameter's name and its full shape, never on the layout.
 
-Each value is drawn whole from a generator seeded with a hash of seed and name, and then sliced (to the last bits of a QR
-factorization, which depend on the number of threads).
+Each value is drawn whole from a generator seeded with a hash of seed and name, and then sliced (to the last bits of a
+QR factorization, which depend on the number of threads).
 
 Factors start as the truncated SVD of a dense draw W ~ N(0, s²), split by square roots: B = U √Σ, A = √Σ Vᵀ (spectral
-initialization, Khodak et al., arXiv 2105.01029). No SVD is needed for it: the singular vectors of a Gaussian matrix are uniform
-(QR of Gaussian draws), and its singular values follow the law of Marchenko and Pastur, so Σ holds its upper quantiles.
+initialization, Khodak et al., arXiv 2105.01029). No SVD is needed for it: the singular vectors of a Gaussian matrix are
+uniform (QR of Gaussian draws), and its singular values follow the law of Marchenko and Pastur, so Σ holds its upper
+quantiles.
 """
 
 import hashlib

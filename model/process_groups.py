@@ -37,7 +37,8 @@ def initialize_process_groups(tensor_parallel: int) -> None:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Process groups of one process, in memory: lets a tool build the training model without a launcher or a network."""
+    """Process groups of one process, in memory: lets a tool build the training model without a launcher or a
+    network."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         initialize_process_groups(1)

@@ -2,9 +2,9 @@
 
     s² = eig(G_A^½ G_B G_A^½),     G_A = A Aᵀ,  G_B = Bᵀ B
 
-A is split along its columns and B along its rows, so both Grams are sums of local ones: one all-reduce of 2·rank² numbers gives
-every process the singular values without forming B·A. They are accumulated in fp64, for squaring halves the digits, and taken
-apart by `eigh`, for they are only semi-definite: fresh columns of B are zero.
+A is split along its columns and B along its rows, so both Grams are sums of local ones: one all-reduce of 2·rank²
+numbers gives every process the singular values without forming B·A. They are accumulated in fp64, for squaring halves
+the digits, and taken apart by `eigh`, for they are only semi-definite: fresh columns of B are zero.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,8 @@ def singular_values(product: Grams) -> Tensor:
 
 
 def row_norm(A: Tensor) -> float:
-    """Root mean square of the norms of the full A's rows, from `A (rank, in/tp)`: the size of a new row; a collective."""
+    """Root mean square of the norms of the full A's rows, from `A (rank, in/tp)`: the size of a new row; a
+    collective."""
     square = A.detach().double().square().sum()
     if tensor_size() > 1:
         dist.all_reduce(square, group=tensor_group())

@@ -5,8 +5,8 @@ ZeRO flattens parameters into partitions when an engine is built, and no shape c
     measure → decide (process 0) → agree → stash masters and moments → tear the engine down → grow the factors →
     build a new engine → put masters and moments back, one parameter at a time → verify → go on
 
-Growth preserves the function: a new row of A is a random direction orthogonal to the other new ones, as long as the rows A has,
-and the new column of B is zero. Moments of new entries are zero, Adam's step count is kept.
+Growth preserves the function: a new row of A is a random direction orthogonal to the other new ones, as long as the
+rows A has, and the new column of B is zero. Moments of new entries are zero, Adam's step count is kept.
 """
 
 import hashlib
@@ -72,7 +72,8 @@ def layer_measurements(model: EspalierModel, spectra: Mapping[str, Tensor]) -> l
 def plan_growth(
     model: EspalierModel, policy: Policy, rank: RankConfig, step: int, spectra: Mapping[str, Tensor]
 ) -> GrowthPlan | None:
-    """Process 0's decision from the reduced `spectra` (empty if the policy needs none), the same for all; a collective."""
+    """Process 0's decision from the reduced `spectra` (empty if the policy needs none), the same for all; a
+    collective."""
     layers = layer_measurements(model, spectra)
     decision = [limit_growth(policy.targets(step, layers), layers, rank, step) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(decision, src=0)

@@ -28,7 +28,8 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
 
 
 def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
-    """An engine around `model`; its optimizer is torch's fused AdamW, the learning rate is set by the caller each step."""
+    """An engine around `model`; its optimizer is torch's fused AdamW, the learning rate is set by the caller each
+    step."""
     adamw = torch.optim.AdamW(
         parameter_groups(model, optimizer),
         lr=optimizer.learning_rate,
@@ -45,9 +46,9 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
 def tear_down(engine: DeepSpeedEngine) -> None:
     """Destroys the engine and all it hung on the module, and gives every parameter a life of its own.
 
-    DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, which keep the engine and its optimizer state
-    alive, and leaves parameters as views of its flat buffers with attributes of its own: the hooks are removed by hand, and
-    parameters are made anew.
+    DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, which keep the engine and its optimizer
+    state alive, and leaves parameters as views of its flat buffers with attributes of its own: the hooks are removed by
+    hand, and parameters are made anew.
     """
     module = engine.module
     engine.destroy()
@@ -77,8 +78,8 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
 def gradient_norm(engine: DeepSpeedEngine) -> float:
     """Global gradient norm of the coming (ZeRO 0) or the last step (ZeRO 1 and 2), before clipping.
 
-    DeepSpeed 0.19.8 computes none at stage 0 in fp32, so there it is ours; call it between backward and step. Parameters that
-    every tensor-parallel process holds whole count once.
+    DeepSpeed 0.19.8 computes none at stage 0 in fp32, so there it is ours; call it between backward and step.
+    Parameters that every tensor-parallel process holds whole count once.
     """
     if engine.zero_optimization_stage() > 0:
         return float(engine.get_global_grad_norm())

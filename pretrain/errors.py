@@ -29,7 +29,8 @@ class DataError(EspalierError):
 
 
 class CheckpointError(EspalierError):
-    """A checkpoint that is missing, incomplete, damaged or of another architecture; or one that could not be written."""
+    """A checkpoint that is missing, incomplete, damaged or of another architecture; or one that could not be
+    written."""
 
     exit_code = 3
 

@@ -5,11 +5,11 @@
 | 0 (fp32)   | torch's AdamW itself      | everything; the parameter is the master                            |
 | 1, 2       | `DeepSpeedZeroOptimizer`  | its slice of one flat fp32 tensor per parameter group, and moments |
 
-An adapter names the fragments this process owns as (parameter, flat start, values) without a collective: checkpoints write
-them as they are, augmentation gathers one parameter at a time from them. It reads private attributes of DeepSpeed
-(`_hp_mapping`, `single_partition_of_fp32_groups`, `bit16_groups`): `tests/pretrain/test_optimizer_state.py` fails when a
-release moves them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and leaves the
-other waiting, and with several parameter groups it misses all moments but the first group's.
+An adapter names the fragments this process owns as (parameter, flat start, values) without a collective: checkpoints
+write them as they are, augmentation gathers one parameter at a time from them. It reads private attributes of DeepSpeed
+(`_hp_mapping`, `single_partition_of_fp32_groups`, `bit16_groups`): `tests/pretrain/test_optimizer_state.py` fails when
+a release moves them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and
+leaves the other waiting, and with several parameter groups it misses all moments but the first group's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -159,7 +159,8 @@ class _ZeroState(_AdamState):
 
 
 def stash(state: OptimizerState) -> dict[str, list[Fragment]]:
-    """Copies of the fragments this process owns, in host memory: at most what it held before, none of it on the device."""
+    """Copies of the fragments this process owns, in host memory: at most what it held before, none of it on the
+    device."""
     kept: dict[str, list[Fragment]] = {}
     for fragment in state.fragments():
         copy = fragment.values.detach().to("cpu", copy=True)

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state
 
 from pretrain.errors import ConfigError, EspalierError
@@ -19,12 +19,15 @@ Result = TypeVar("Result")
 
 @contextmanager
 def joined_processes() -> Iterator[int]:
-    """Joins the processes the launcher started (without a launcher: alone) and leaves them in order; yields their number.
+    """Joins the processes the launcher started (without a launcher: alone) and leaves them in order; yields their
+    number.
 
     Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -47,7 +50,8 @@ def check_precision(precision: str) -> None:
     """ConfigError if this machine's device cannot train in `precision`."""
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"DeepSpeed has no fp16 on this machine's {get_accelerator().device_name()} device: set train.precision to bf16 or fp32"
+            f"DeepSpeed has no fp16 on this machine's {get_accelerator().device_name()} device: set train.precision to "
+            "bf16 or fp32"
         )
 
 

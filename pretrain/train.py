@@ -1,12 +1,12 @@
 """Trains a model whose ranks grow.
 
     deepspeed pretrain/train.py --config configs/quickstart.yaml data.prefix=corpus data.tokenizer=tokenizer.model
-    deepspeed --num_gpus 2 pretrain/train.py --config FILE parallel.tensor=2           (two GPUs; without any, two CPU processes)
-    deepspeed --hostfile hosts pretrain/train.py --config FILE deepspeed.stage=2
-    python pretrain/train.py --config FILE --print-config                              (shows the settings, trains nothing)
+    deepspeed --num_gpus 2 pretrain/train.py --config FILE parallel.tensor=2           (two GPUs; without any, two CPU
+    processes) deepspeed --hostfile hosts pretrain/train.py --config FILE deepspeed.stage=2 python pretrain/train.py
+    --config FILE --print-config                              (shows the settings, trains nothing)
 
-Settings are `section.key=value`, laid over the file in order. A run folder that holds a checkpoint is continued from its newest
-one, by itself; a run that is complete is left as it is.
+Settings are `section.key=value`, laid over the file in order. A run folder that holds a checkpoint is continued from
+its newest one, by itself; a run that is complete is left as it is.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
 from pretrain.errors import CheckpointError, ConfigError, run_command
-from pretrain.layout import Layout
 from pretrain.monitor import Monitor
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
 from pretrain.run_folder import refuse_foreign_folder, write_run_record
@@ -74,7 +73,8 @@ def _due(step: int, interval: int) -> bool:
 
 
 def run_training(config: RunConfig, processes: int) -> Trainer | None:
-    """Everything between the command line and the loop, and the loop; all processes call it. None: nothing was left to do."""
+    """Everything between the command line and the loop, and the loop; all processes call it. None: nothing was left to
+    do."""
     layout = config.layout(processes)
     folder = Path(config.run.folder)
     checkpoints, cache = folder / "checkpoints", Path(config.data.cache or folder / "cache")
@@ -122,8 +122,8 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
 def _open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
     """The newest whole checkpoint, the same on all processes, if it is of this architecture; None in a new run.
 
-    A damaged one is passed over with a warning. CheckpointError if there are checkpoints, and none is whole: a run never starts
-    over by itself.
+    A damaged one is passed over with a warning. CheckpointError if there are checkpoints, and none is whole: a run
+    never starts over by itself.
     """
     folders = [step_folders(checkpoints)]
     dist.broadcast_object_list(folders, src=0)

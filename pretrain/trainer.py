@@ -1,7 +1,7 @@
 """What one run consists of, and its moves: a training step, a validation, an augmentation, a checkpoint.
 
-`Trainer` holds everything that lives as long as the run; `TrainState` everything that a resumed run must know besides masters and
-moments. The loop that makes the moves is in `pretrain/train.py`.
+`Trainer` holds everything that lives as long as the run; `TrainState` everything that a resumed run must know besides
+masters and moments. The loop that makes the moves is in `pretrain/train.py`.
 """
 
 import math
@@ -19,6 +19,7 @@ from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
 from pretrain.augmentation import GrowthRecord, augment, layer_measurements, measure_spectra, plan_growth
+from pretrain.checkpoint_format import KEYS
 from pretrain.checkpoint_reader import CheckpointReader
 from pretrain.checkpoint_writer import write_checkpoint
 from pretrain.config import RunConfig
@@ -27,14 +28,14 @@ from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.engine import build_engine, gradient_norm, set_learning_rate
 from pretrain.errors import NumericalError
 from pretrain.layout import Layout
-from pretrain.monitor import Monitor, StepMetrics
+from pretrain.monitor import StepMetrics
 from pretrain.optimizer_state import optimizer_state
-from pretrain.checkpoint_format import KEYS
 from pretrain.policies import build_policy
 from pretrain.policies.explained_ratio import untrained_ranks
 from pretrain.schedule import global_batch_at, learning_rate
 
-# fp16 skips a handful of steps while it looks for its loss scale; a run that skips this many in a row is not coming back.
+# fp16 skips a handful of steps while it looks for its loss scale; a run that skips this many in a row is not coming
+# back.
 _SKIPS_IN_A_ROW = 40
 
 
@@ -86,7 +87,8 @@ class Trainer:
             first = micro_batch_start(
                 state.consumed_samples, micro_step, train.micro_batch, data_index(), self.layout.data
             )
-            # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their number.
+            # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their
+            # number.
             self.engine.set_gradient_accumulation_boundary(micro_step == accumulation - 1)
             loss = self._mean_loss(batch_at(self.corpus.train, first, train.micro_batch))
             self.engine.backward(loss)
@@ -133,8 +135,8 @@ class Trainer:
     def _refuse_non_finite(self, norm: float) -> None:
         if not math.isfinite(norm):
             raise _agreed(
-                f"the gradient norm of step {self.state.step} is {norm}, and deepspeed.stage 0 cannot skip a step: lower "
-                "optimizer.learning_rate, or set deepspeed.stage=1"
+                f"the gradient norm of step {self.state.step} is {norm}, and deepspeed.stage 0 cannot skip a step: "
+                "lower optimizer.learning_rate, or set deepspeed.stage=1"
             )
 
     def _loss_scale(self) -> float | None:
@@ -152,7 +154,10 @@ class Trainer:
             batch = batch_at(self.corpus.validation, first, micro_batch)
             mask = batch["loss_mask"].double()
             losses = self.engine(
-                batch["tokens"].to(device()), batch["position_ids"].to(device()), None, labels=batch["labels"].to(device())
+                batch["tokens"].to(device()),
+                batch["position_ids"].to(device()),
+                None,
+                labels=batch["labels"].to(device()),
             )
             length = byte_lengths[batch["labels"]].double()
             sums += torch.stack([(losses.cpu().double() * mask).sum(), mask.sum(), (length * mask).sum()])

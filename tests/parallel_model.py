@@ -77,7 +77,7 @@ def first_step(
     dist.all_gather(every, logits.contiguous(), group=tensor_group())
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    return torch.cat(every, dim=-1), losses.detach(), gather_logical(model, gradients)  # type: ignore[arg-type]
+    return torch.cat(every, dim=-1), losses.detach(), gather_logical(model, gradients)
 
 
 def initial_tensors(config: ModelConfig, ranks: Mapping[str, int], tensor_parallel: int) -> dict[str, Tensor]:

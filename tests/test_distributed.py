@@ -13,7 +13,8 @@ from torch import nn
 from model.process_groups import DeepSpeedProcessGroups, initialize_process_groups
 from pretrain.errors import ConfigError
 from tests import distributed
-from tests.distributed import WorkerError, WorkerLostError, WorkerTracebackError, run, run_alone
+from tests.distributed import WorkerLostError, WorkerTracebackError, run, run_alone
+from tests.worker import WorkerError
 
 
 def describe(greeting: str, *, sign: str) -> tuple[str, int, int, int]:

@@ -12,16 +12,22 @@ from torch import Tensor
 from model.process_groups import tensor_group, tensor_size
 from pretrain.config import load_config
 from pretrain.train import run_training
+from pretrain.trainer import Trainer
 from tests.parallel_model import positions_of
 from tools.documents import find_files
 from tools.preprocess_corpus import preprocess
 from tools.train_tokenizer import train_tokenizer, write_tokenizer
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "model": {"layers": 2, "hidden": 32, "heads": 4, "sequence_length": 32},
     "train": {"steps": 12, "micro_batch": 2, "global_batch": 8, "log_every": 1, "validate_every": 6},
     "optimizer": {"learning_rate": 3e-3},
-    "rank": {"policy": "schedule", "initial": 4, "quantum": 2, "events": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}]},
+    "rank": {
+        "policy": "schedule",
+        "initial": 4,
+        "quantum": 2,
+        "events": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}],
+    },
     "checkpoint": {"every": 0, "keep": 20},
 }
 
@@ -40,7 +46,7 @@ def make_corpus(folder: Path) -> None:
 
 def write_config(path: Path, corpus: Path, folder: Path, **sections: dict[str, Any]) -> Path:
     """A YAML config: the small run with `sections` laid over it."""
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         **{name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}},
         "data": {"prefix": str(corpus / "corpus"), "tokenizer": str(corpus / "tokenizer.model"), "split": "80,20,0"},
     }
@@ -49,16 +55,29 @@ def write_config(path: Path, corpus: Path, folder: Path, **sections: dict[str, A
     return path
 
 
-def train_in_workers(config: str, overrides: list[str], probe: bool = False) -> Tensor | None:
-    """A whole run in a worker; with `probe` the trained model's logits `(1, seq, padded vocabulary)` of a fixed text."""
+def train_in_workers(config: str, overrides: list[str]) -> None:
+    """A whole run in a worker."""
+    run_training(load_config(config, overrides), dist.get_world_size())
+
+
+def train_and_probe(config: str, overrides: list[str], new_tokens: int) -> tuple[Tensor, list[int]]:
+    """A whole run, and then what the trained model says: logits `(1, seq, padded vocabulary)` of a fixed text, and its
+    greedy continuation of the first half of it."""
     run = run_training(load_config(config, overrides), dist.get_world_size())
-    if not probe:
-        return None
     assert run is not None
-    tokens = probe_tokens(run.config.model.vocabulary, run.config.model.sequence_length)
     run.engine.eval()
-    with torch.no_grad():
-        logits = run.engine(tokens, positions_of(tokens), None).contiguous()
+    tokens = probe_tokens(run.config.model.vocabulary, run.config.model.sequence_length)
+    logits = _whole_logits(run, tokens)
+    text = tokens[:, : tokens.shape[1] // 2]
+    for _ in range(new_tokens):
+        best = _whole_logits(run, text)[:, -1:, : run.config.model.vocabulary].argmax(-1)
+        text = torch.cat([text, best], dim=1)
+    return logits, text[0].tolist()
+
+
+@torch.no_grad()
+def _whole_logits(run: Trainer, tokens: Tensor) -> Tensor:
+    logits = run.engine(tokens, positions_of(tokens), None).contiguous()
     every = [torch.empty_like(logits) for _ in range(tensor_size())]
     dist.all_gather(every, logits, group=tensor_group())
     return torch.cat(every, dim=-1)

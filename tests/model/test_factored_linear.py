@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.factored_linear import FactoredLinear
 from model.gpt import _transformer_config
 from model.process_groups import initialize_process_groups, tensor_index
-from model.sharded_norm import ShardedNorm
+from model.sharded_norm import NormKind, ShardedNorm
 from model.sharding import TensorLayout
 from tests.distributed import run
 from tests.parallel_model import small_config
@@ -58,12 +58,19 @@ def _plain(values: dict[str, Tensor], norm: str | None) -> dict[str, Tensor]:
 
 
 def _sharded(
-    processes: int, norm: str | None, stride: int, offset: float, dtype: torch.dtype
+    processes: int, norm: NormKind | None, stride: int, offset: float, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, TensorLayout]]:
     initialize_process_groups(processes)
     config = _transformer_config(small_config("llama", "factored"))
     layer = FactoredLinear(
-        IN, OUT, rank=RANK, config=config, bias=True, skip_bias_add=False, norm=norm, stride=stride  # type: ignore[arg-type]
+        IN,
+        OUT,
+        rank=RANK,
+        config=config,
+        bias=True,
+        skip_bias_add=False,
+        norm=norm,
+        stride=stride,
     )
     layouts = _layouts(stride)
     shards = {k: layouts[k].shard(v, tensor_index(), processes) for k, v in _values(offset).items()}
@@ -105,18 +112,19 @@ def test_sixteen_bit_statistics_are_exact_enough(norm: str, dtype: torch.dtype) 
         assert (both - alone).norm() <= 4 * torch.finfo(dtype).eps * alone.norm() * (1 if offset == 0.0 else 30)
 
 
-def _norm_alone(processes: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_alone(processes: int, kind: NormKind) -> tuple[Tensor, Tensor, Tensor]:
     initialize_process_groups(processes)
     values = _values(0.0)
     layout = TensorLayout((TOKENS, BATCH, IN), 2)
-    norm = ShardedNorm(kind, IN, 1e-5)  # type: ignore[arg-type]
+    norm = ShardedNorm(kind, IN, 1e-5)
     with torch.no_grad():
         norm.weight.copy_(values["norm_weight"].chunk(processes)[dist.get_rank()])
     x = layout.shard(values["x"], dist.get_rank(), processes).clone().requires_grad_()
     gradient = layout.shard(values["output_gradient"][..., :IN], dist.get_rank(), processes)
     y = norm(x)
     y.backward(gradient)
-    assert x.grad is not None and norm.weight.grad is not None
+    assert x.grad is not None
+    assert norm.weight.grad is not None
     return y.detach(), x.grad, norm.weight.grad
 
 

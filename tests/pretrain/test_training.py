@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,18 @@ ALL_VARIANTS = [
     *VARIANTS,
     *(
         pytest.param(*variant, marks=pytest.mark.matrix)
-        for variant in (("gpt2", "factored", "all"), ("llama", "factored", "mlp"), ("llama", "dense", "all"), ("gpt2", "dense", "all"))
+        for variant in (
+            ("gpt2", "factored", "all"),
+            ("llama", "factored", "mlp"),
+            ("llama", "dense", "all"),
+            ("gpt2", "dense", "all"),
+        )
     ),
 ]
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Curves of one process and ZeRO 1, by variant."""
     curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
 
@@ -73,7 +77,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
             curves[key] = curve(_train(corpus, folder, 1, **_twenty_steps(*key)))
         return curves[key]
 
-    yield of
+    return of
 
 
 def _twenty_steps(family: str, parametrization: str, factored_layers: str) -> dict[str, dict[str, Any]]:
@@ -250,9 +254,7 @@ def test_kill_minus_nine_costs_nothing_committed(corpus: Path, tmp_path: Path, m
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
-def _refused(
-    kind: type[EspalierError], corpus: Path, folder: Path, *overrides: str, **sections: dict[str, Any]
-) -> str:
+def _refused(kind: type[EspalierError], corpus: Path, folder: Path, *overrides: str, **sections: dict[str, Any]) -> str:
     with pytest.raises(kind) as caught:
         _train(corpus, folder, 2, *overrides, **sections)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,59 @@
+"""Train, grow, consolidate, densify: `transformers` computes what the training model computed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pretrain.tokenizer import Tokenizer
+from tests.distributed import run
+from tests.training_runs import make_corpus, probe_tokens, train_and_probe, write_config
+from tools import consolidate_checkpoint, densify_checkpoint
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("family", "factored_layers"), [("llama", "all"), ("gpt2", "all"), ("gpt2", "mlp")])
+def test_dense_export_is_the_training_model(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, factored_layers: str, tensor: int
+) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"family": family, "factored_layers": factored_layers},
+        "deepspeed": {"stage": tensor},
+    }
+    config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run", **sections)
+    logits, greedy = run(train_and_probe, 2, str(config), [f"parallel.tensor={tensor}"], NEW_TOKENS)[0]
+
+    merged, dense = tmp_path / "merged", tmp_path / "dense"
+    for tool, arguments in (
+        (consolidate_checkpoint, ["--checkpoint", tmp_path / "run", "--output", merged]),
+        (densify_checkpoint, ["--input", merged, "--output", dense]),
+    ):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
+        tool.main()
+
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    vocabulary = model.config.vocab_size
+    tokens = probe_tokens(vocabulary, logits.shape[1])
+    with torch.no_grad():
+        exported = model(tokens).logits
+    assert (exported - logits[..., :vocabulary]).abs().max() <= 1e-4 * logits[..., :vocabulary].abs().max()
+    continued = model.generate(
+        tokens[:, : tokens.shape[1] // 2], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert continued[0].tolist() == greedy
+
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    text = "def __init__(self):\n\treturn <s> None\r\n"
+    assert tokenizer(text)["input_ids"] == Tokenizer(corpus / "tokenizer.model").encode(text)
