@@ -19,6 +19,8 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "ninja",
         "numpy>=2",
+        "protobuf>=5",
+        "psutil>=6",
         "pydantic>=2.10",
         "pyyaml>=6",
         "rich>=13",
@@ -32,5 +34,5 @@ setup(
         "xxhash>=3.5",
         "zstandard>=0.23",
     ],
-    extras_require={"test": ["mypy>=1.15", "pytest>=8.1", "ruff>=0.12", "types-PyYAML", "types-tqdm"]},
+    extras_require={"test": ["mypy>=1.15", "pytest>=8.1", "ruff>=0.12", "types-PyYAML", "types-psutil", "types-tqdm"]},
 )

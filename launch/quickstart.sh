@@ -8,7 +8,7 @@
 # whose ranks grow, and exports it as a dense Hugging Face folder. A second call reuses what is there, and continues a
 # training that was interrupted.
 #
-#   --steps N               optimizer steps; ranks grow after 25 % and 45 % of them (default: 400, as in the config)
+#   --steps N               optimizer steps; ranks grow after 25 % and 45 % of them (default: 320, as in the config)
 #   --out DIR               where everything goes (default: runs/quickstart of this checkout)
 #   --family llama|gpt2     architecture (default: llama)
 #   --processes N           training processes: 1, 2, 4, 8 or 16 (default: 2 on a CPU, else as many as there are GPUs)
@@ -137,7 +137,7 @@ settings=(
     "run.folder=$out" "data.prefix=$out/corpus" "data.tokenizer=$out/tokenizer.model"
     "parallel.tensor=$tensor" "train.micro_batch=$micro_batch" "train.precision=$precision"
 )
-last_step=400
+last_step=320
 if [ -n "$steps" ]; then
     last_step=$steps
     settings+=("train.steps=$steps" "schedule.warmup_steps=$((steps / 10))")
