@@ -49,3 +49,6 @@ def run_command(main: Callable[[], None]) -> None:
         if not error.agreed or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.arithmetic import total_parameters
 from model.config import ModelConfig
 from pretrain.optimizer_state import optimizer_state
 from tests.distributed import run
@@ -108,11 +109,18 @@ def test_growth_keeps_every_old_entry(processes: int, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("processes", "case"), CASES)
-def test_memory_after_growth_is_that_of_a_model_built_at_the_new_ranks(processes: int, case: Case) -> None:
+def test_memory_after_growth_is_what_the_ranks_predict(processes: int, case: Case) -> None:
+    """Every parameter of this model is split, so the sums come out even: bytes of parameters on each process, and twelve
+    bytes a number for master and moments over all of them, but for ZeRO's padding to an even partition."""
     config = small_config("llama", "factored")
-    for _, _, ranks, owned, fresh, _, _ in run(_around_growth, processes, config, case, uniform_ranks(config, 8)):
+    everyone = run(_around_growth, processes, config, case, uniform_ranks(config, 8))
+    numbers = total_parameters(config, uniform_ranks(config, 8))
+    for _, _, ranks, owned, fresh, _, _ in everyone:
         assert ranks == uniform_ranks(config, 8)
         assert owned == fresh
+        assert owned["parameters"] == numbers // case.tensor * (4 if case.precision == "fp32" else 2)
+    state_bytes = sum(result[3]["state"] for result in everyone)
+    assert 12 * numbers <= state_bytes <= 12 * (numbers + 64 * processes)
 
 
 def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int], list[int]]:
