@@ -22,6 +22,8 @@ if [ "${BASH_SOURCE[0]}" != "$0" ]; then
         espalier_python="$espalier_root/.venv/bin/python"
         export VIRTUAL_ENV="$espalier_root/.venv"
         export PATH="$VIRTUAL_ENV/bin:$PATH"
+        # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
+        export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
         unset PYTHONHOME
     fi
     return 0
@@ -122,7 +124,7 @@ install_torch() {
 
 # Compiled here once rather than by all processes of the first run together.
 compile_operator() {
-    PATH="$venv/bin:$PATH" "$venv/bin/python" -c '
+    PATH="$venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}" "$venv/bin/python" -c '
 from deepspeed.accelerator import get_accelerator
 builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
 if builder is not None and builder.is_compatible():

@@ -33,7 +33,8 @@ from pretrain.summary import dense_flops_ratio, perplexity, summary_text
 CHARTS = {
     "Espalier": {
         "loss": ["Multiline", ["train/lm_loss", "validation/lm_loss"]],
-        "rank": ["Multiline", ["rank/mean"]],
+        "mean rank": ["Multiline", ["rank/mean"]],
+        "rank by layer and projection": ["Multiline", ["rank/layer_.*"]],
         "throughput": ["Multiline", ["throughput/tokens_per_second"]],
     }
 }
@@ -138,7 +139,8 @@ class Monitor:
         }
         if metrics.loss_scale is not None:
             scalars["train/loss_scale"] = metrics.loss_scale
-        self._scalars(step, scalars | self._throughput(tokens_per_second) | memory_scalars())
+        scalars |= self._throughput(tokens_per_second) | self._rank_scalars() | memory_scalars()
+        self._scalars(step, scalars)
         self._progress(step, metrics, tokens_per_second)
 
     def validation(self, step: int, lm_loss: float, bits_per_byte: float | None = None) -> None:
@@ -228,12 +230,19 @@ class Monitor:
     def _show_ranks(self, step: int) -> None:
         if not self._ranks:
             return
-        scalars: dict[str, float] = {f"rank/{self._labels[name]}": rank for name, rank in self._ranks.items()}
-        scalars["rank/mean"] = self._mean_rank() or 0.0
-        scalars["rank/total_parameters"] = total_parameters(self._config.model, self._ranks)
-        self._scalars(step, scalars)
+        self._scalars(step, self._rank_scalars())
         history, steps = self.rank_history, self._config.train.steps
         self._figure(step, "rank/map", lambda: figures.rank_map(history, steps, self._layers))
+
+    def _rank_scalars(self) -> dict[str, float]:
+        """Written at every logged step, so that ranks show as the steps they are."""
+        if not self._ranks:
+            return {}
+        return {
+            **{f"rank/{self._labels[name]}": rank for name, rank in self._ranks.items()},
+            "rank/mean": sum(self._ranks.values()) / len(self._ranks),
+            "rank/total_parameters": total_parameters(self._config.model, self._ranks),
+        }
 
     def _mean_rank(self) -> float | None:
         return sum(self._ranks.values()) / len(self._ranks) if self._ranks else None

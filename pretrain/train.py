@@ -1,9 +1,9 @@
 """Trains a model whose ranks grow.
 
     deepspeed pretrain/train.py --config configs/quickstart.yaml data.prefix=corpus data.tokenizer=tokenizer.model
-    deepspeed --num_gpus 2 pretrain/train.py --config FILE parallel.tensor=2           (two GPUs; without any, two CPU
-    processes) deepspeed --hostfile hosts pretrain/train.py --config FILE deepspeed.stage=2 python pretrain/train.py
-    --config FILE --print-config                              (shows the settings, trains nothing)
+    deepspeed --num_gpus 2 pretrain/train.py --config FILE parallel.tensor=2     (without a GPU: two CPU processes)
+    deepspeed --hostfile hosts pretrain/train.py --config FILE deepspeed.stage=2
+    python pretrain/train.py --config FILE --print-config                        (shows the settings, trains nothing)
 
 Settings are `section.key=value`, laid over the file in order. A run folder that holds a checkpoint is continued from
 its newest one, by itself; a run that is complete is left as it is.

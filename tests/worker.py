@@ -98,14 +98,20 @@ def _leave_group() -> None:
     Three libraries keep process groups in module globals. megatron-core and torch have a call that clears them.
     DeepSpeed 0.19.8 keeps its backend in `deepspeed.comm.comm.cdb`, which would go on claiming to be initialized, and
     in `deepspeed.utils.groups` a clone of the world group and the last engine's `mpu`; it drops those by itself only
-    when the group is destroyed through `deepspeed.comm`, and never the first.
+    when the group is destroyed through `deepspeed.comm`, and never the first. An engine that a test leaves behind would
+    live on, held by its own hooks, and with it some twenty groups and their gloo threads.
     """
     import deepspeed.comm.comm
     import deepspeed.utils.groups
     import torch.distributed as dist
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from megatron.core import parallel_state
 
-    gc.collect()  # engines are full of cycles, and their hooks and buffers should not outlive the group
+    from pretrain.engine import tear_down
+
+    for engine in [thing for thing in gc.get_objects() if isinstance(thing, DeepSpeedEngine) and thing.module]:
+        tear_down(engine)
+    gc.collect()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
