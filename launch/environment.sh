@@ -48,6 +48,11 @@ require_compiler() {
         fail "no C++ compiler is found, and DeepSpeed compiles a small operator at its first use: install g++ (on Debian: build-essential)"
 }
 
+require_headers() { # python
+    [ -f "$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+        fail "$1 has no C headers, and DeepSpeed compiles a small operator against them: install its development package (on Debian: python3-dev)"
+}
+
 require_packages() { # python
     "$1" -c '
 import importlib.util, sys
@@ -78,6 +83,7 @@ find_python() {
         done
         [ -n "$python" ] || fail "no Python of 3.11 or newer is found: install one, or name one with ESPALIER_PYTHON=/path/to/python3.11"
     fi
+    require_headers "$python"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments: install its venv package (on Debian: python3-venv)"
 }
@@ -124,6 +130,8 @@ install_torch() {
 
 # Compiled here once rather than by all processes of the first run together.
 compile_operator() {
+    # A compilation that was killed leaves its lock, and torch waits for it without end.
+    rm -f "${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"/*/*/lock
     PATH="$venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}" "$venv/bin/python" -c '
 from deepspeed.accelerator import get_accelerator
 builder = get_accelerator().create_op_builder("ShareMemCommBuilder")

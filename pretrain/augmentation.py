@@ -27,6 +27,7 @@ from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm, singular_values
 from pretrain.engine import tear_down
+from pretrain.errors import NumericalError
 from pretrain.optimizer_state import gather, optimizer_state, stash
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, limit_growth
 
@@ -95,13 +96,15 @@ def augment(
 ) -> tuple[DeepSpeedEngine, GrowthRecord]:
     """Carries a plan out and returns the new engine; `engine` is gone afterwards. All processes call it together.
 
-    Raises RuntimeError when processes disagree about the plan, or when the model's logits are not what they were.
+    Raises NumericalError when the logits are not finite before it, RuntimeError when processes disagree about the plan,
+    or when the logits are not what they were.
     """
     start = time.perf_counter()
     model: EspalierModel = engine.module
     before = model.ranks()
     _agree_on(plan, before)
     expected = _fixed_batch_logits(engine)
+    _refuse_non_finite(expected, plan.step)
     state = optimizer_state(engine)
     kept, counters = stash(state), state.counters()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -170,8 +173,20 @@ def _fixed_batch_logits(engine: DeepSpeedEngine) -> Tensor:
     return logits
 
 
+def _refuse_non_finite(logits: Tensor, step: int) -> None:
+    """A model that has diverged has no function to preserve."""
+    finite = logits.isfinite().all().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite:
+        error = NumericalError(f"the model's logits are not finite at step {step}: lower optimizer.learning_rate")
+        error.agreed = True
+        raise error
+
+
 def _check_logits(expected: Tensor, found: Tensor) -> None:
-    difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    change = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    dist.all_reduce(change, op=dist.ReduceOp.MAX)  # so that all processes go on, or none
+    difference = float(change)
     tolerance = _LOGIT_TOLERANCE[expected.dtype]
     if not difference <= tolerance:
         raise RuntimeError(

@@ -161,7 +161,9 @@ def _vote(outcome: str, folder: Path) -> Iterator[None]:
         cause = error
     for process, reason in enumerate(_gather(None if cause is None else _reason(cause, folder))):
         if reason is not None:
-            raise CheckpointError(f"{outcome}: on process {process}, {reason}") from cause
+            failure = CheckpointError(f"{outcome}: on process {process}, {reason}")
+            failure.agreed = True
+            raise failure from cause
 
 
 def _reason(error: Exception, folder: Path) -> str:

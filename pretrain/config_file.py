@@ -30,6 +30,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key is no plain word (line {key.start_mark.line + 1})")
             if key.value in seen:
                 raise yaml.YAMLError(f"key {key.value!r} appears twice (line {key.start_mark.line + 1})")
             seen.add(key.value)
@@ -55,6 +57,8 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply to be a config: is it the right file?") from error
 
 
 def find_file(name: str, folder: str, suffix: str) -> Path:
@@ -75,13 +79,18 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
 
 def read_text(path: Path) -> str:
     """The text of a settings file, which is small."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): is it the right file?") from error
     if size > MAXIMUM_BYTES:
         raise ConfigError(f"{path} has {size} bytes, and a config has at most {MAXIMUM_BYTES}: is it the right file?")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: is it the right file?") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): is it the right file?") from error
 
 
 def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def open_corpus(
     for name, share in zip(("training", "validation"), shares[:2], strict=True):
         if share is not None:
             _together(partial(_check_share, data, model, name, share, lengths))
-    _together(lambda: _make_index_folder(indices))
+    _together(lambda: _make_index_folder(indices, 16 * (training_samples + validation_samples + len(lengths)) + 2**20))
     train, validation, _ = BlendedMegatronDatasetBuilder(
         GPTDataset, [training_samples, validation_samples, 0], lambda: True, config
     ).build()
@@ -177,8 +177,8 @@ def _check_share(
         )
 
 
-def _make_index_folder(folder: Path) -> None:
-    """An empty folder that only this user can enter.
+def _make_index_folder(folder: Path, needed_bytes: int) -> None:
+    """An empty folder that only this user can enter, with room for the indices.
 
     megatron-core unpickles what it finds in its cache: so nothing found there is ever used.
     """
@@ -191,10 +191,16 @@ def _make_index_folder(folder: Path) -> None:
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
+        free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
         raise DataError(
             f"{error.filename or folder} cannot be made anew ({error.strerror}): set data.cache to a folder of your own"
         ) from error
+    if free_bytes < needed_bytes:
+        raise DataError(
+            f"{folder} has no space left for the order of the samples: {free_bytes:,} bytes are free and about "
+            f"{needed_bytes:,} are needed; free some or set data.cache"
+        )
 
 
 def _is_first_of_node() -> bool:

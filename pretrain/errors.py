@@ -13,7 +13,7 @@ class EspalierError(Exception):
 
     exit_code = 1
     agreed = False
-    """Every process of the run raises the same error, so that one of them says it."""
+    """All processes raise the same error, and know it: the first one says it for all."""
 
 
 class ConfigError(EspalierError):
@@ -46,7 +46,9 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except EspalierError as error:
-        if not error.agreed or os.environ.get("RANK", "0") == "0":
+        # Before processes have met, those of one node still read the same files: one voice a node.
+        speaker = "RANK" if error.agreed else "LOCAL_RANK" if isinstance(error, ConfigError) else ""
+        if os.environ.get(speaker, "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

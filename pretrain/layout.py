@@ -23,6 +23,7 @@ def check_tensor_split(model: ModelConfig, tensor: int) -> None:
     """ConfigError if the model cannot be split over `tensor` processes."""
     splits = {
         "model.heads": model.heads,
+        "the width of queries, keys and values": (model.heads + 2 * model.groups) * model.head_size,
         "model.hidden": model.hidden,
         "model.ffn": model.ffn_width,
     }

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -24,6 +25,9 @@ def joined_processes() -> Iterator[int]:
 
     Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
     """
+    if sys.prefix != sys.base_prefix:
+        # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())

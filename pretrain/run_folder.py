@@ -1,8 +1,8 @@
 """The files of a run's folder that people read: its resolved config, and one JSON object per line of metrics and
 events.
 
-A resumed run goes on in the same files. Lines of steps behind the checkpoint it resumes from are cut first, for those
-steps are taken again; a line torn by a kill is dropped.
+A resumed run goes on in the same files. Metrics of steps behind the checkpoint it resumes from are cut first, for those
+steps are taken again; events are history and stay. A line torn by a kill is dropped.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
 def refuse_foreign_folder(folder: Path, expected: Sequence[str] = ()) -> None:
     """ConfigError if `folder` holds something that is not a run of ours: we write nothing among others' files.
 
-    `expected`: beginnings of paths that may lie in a new folder, such as the run's own corpus and tokenizer.
+    `expected`: what may lie in a new folder, such as the run's own corpus (with any suffix) and tokenizer.
     """
     if not folder.exists():
         return
@@ -38,8 +38,8 @@ def refuse_foreign_folder(folder: Path, expected: Sequence[str] = ()) -> None:
         with record.open(encoding="utf-8", errors="replace") as lines:
             if lines.readline().startswith(SIGNATURE):
                 return
-    beginnings = tuple(str(Path(path).resolve()) for path in expected)
-    if not all(str(entry.resolve()).startswith(beginnings) for entry in folder.iterdir()):
+    known = {Path(path).resolve() for path in expected}
+    if not all({entry.resolve(), entry.resolve().with_suffix("")} & known for entry in folder.iterdir()):
         raise ConfigError(
             f"run.folder {folder} is not empty and holds no Espalier run ({CONFIG_FILE}): "
             "set run.folder to a new or empty folder"

@@ -76,10 +76,22 @@ def summarize(
         "dense_parameters": total_parameters(config.model, {}),
         "training_flops": executed,
         "dense_training_flops": dense,
-        "augmentations": len(growth),
+        "augmentations": [
+            {"step": event["step"], "mean_rank": rank, "seconds": event["seconds"]}
+            for event, rank in zip(growth, _mean_ranks_after(ranks, growth), strict=True)
+        ],
         "augmentation_seconds": sum(event["seconds"] for event in growth),
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
+
+
+def _mean_ranks_after(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Mean rank after each event, from the present ranks backwards."""
+    current, means = dict(ranks), []
+    for event in reversed(growth):
+        means.append(sum(current.values()) / len(current))
+        current |= event["before"]
+    return means[::-1]
 
 
 def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
@@ -96,19 +108,23 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
         _against("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
     ]
     if facts["mean_rank"] is not None:
-        lines.append(
-            f"mean rank {facts['mean_rank']:.1f} after {facts['augmentations']} augmentations, which took "
-            f"{facts['augmentation_seconds']:.1f} s"
-        )
+        lines.append(f"mean rank {facts['mean_rank']:.1f} after {len(facts['augmentations'])} augmentations:")
+        lines += [
+            f"  step {event['step']}: mean rank {event['mean_rank']:.1f}, {event['seconds']:.2f} s"
+            for event in facts["augmentations"]
+        ]
     if facts["checkpoint"] is not None:
-        merged, dense = shlex.quote(str(folder / "merged")), shlex.quote(str(folder / "dense"))
-        checkpoints = shlex.quote(str(Path(facts["checkpoint"]).parent))
+        run, merged = shlex.quote(str(folder)), shlex.quote(str(folder / "consolidated"))
         lines += [
             f"checkpoint {facts['checkpoint']}",
-            "next:",
-            f"  python tools/consolidate_checkpoint.py --checkpoint {checkpoints} --output {merged}",
-            f"  python tools/densify_checkpoint.py --input {merged} --output {dense}",
-            f"  tensorboard --logdir {shlex.quote(str(folder))}",
+            f"curves, ranks, spectra:  tensorboard --logdir {run}",
+            "as a dense Hugging Face model:",
+            f"  python tools/consolidate_checkpoint.py --checkpoint {run} --output {merged}",
+            f"  python tools/densify_checkpoint.py --input {merged} --output {shlex.quote(str(folder / 'export'))}",
+            "which three lines of Python load:",
+            "  from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'  model = AutoModelForCausalLM.from_pretrained("{folder / "export"}")',
+            f'  tokenizer = AutoTokenizer.from_pretrained("{folder / "export"}")',
         ]
     return "\n".join(lines)
 

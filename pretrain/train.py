@@ -21,7 +21,7 @@ from model.process_groups import initialize_process_groups
 from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
-from pretrain.errors import CheckpointError, ConfigError, run_command
+from pretrain.errors import CheckpointError, EspalierError, run_command
 from pretrain.monitor import Monitor
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
 from pretrain.run_folder import refuse_foreign_folder, write_run_record
@@ -87,16 +87,15 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
         return None
-    train_config = config.train
     corpus = open_corpus(
         config.data,
         config.model,
-        training_samples=samples_before(train_config.steps, train_config.global_batch, train_config.batch_ramp),
+        training_samples=_samples_of_the_run(config, reader),
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
         cache=cache,
     )
-    together(lambda: _check_same_corpus(reader, corpus))
+    together(lambda: _check_same_samples(reader, config, corpus))
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
     run = Trainer(config, layout, corpus, reader)
     monitor = Monitor(
@@ -114,6 +113,9 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         monitor.event("null", 0, mean_rank_if_never_trained=run.mean_untrained_rank())
     try:
         train(run, monitor, checkpoints)
+    except EspalierError as error:
+        monitor.event("fault", run.state.step, error=str(error))
+        raise
     finally:
         monitor.close()
     return run
@@ -150,12 +152,36 @@ def _verified(folder: Path) -> CheckpointReader:
     return reader
 
 
-def _check_same_corpus(reader: CheckpointReader | None, corpus: Corpus) -> None:
-    if reader is not None and reader.state["corpus"] != corpus.fingerprint:
+def _samples_of_the_run(config: RunConfig, reader: CheckpointReader | None) -> int:
+    """Sequences consumed by the end: those of the checkpoint, whatever its batches were, and those still to come."""
+
+    def before(step: int) -> int:
+        return samples_before(step, config.train.global_batch, config.train.batch_ramp)
+
+    if reader is None:
+        return before(config.train.steps)
+    return int(reader.state["train"]["consumed_samples"]) + before(config.train.steps) - before(reader.step)
+
+
+def _check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpus: Corpus) -> None:
+    """Consumed samples mean something only in the same text, split and shuffled in the same way."""
+    if reader is None:
+        return
+    if reader.state["corpus"] != corpus.fingerprint:
         raise CheckpointError(
             f"{reader.folder} was trained on another corpus or tokenizer than data.prefix names now: "
             "use that one, or another run.folder"
         )
+    saved = reader.state["config"]
+    for name, before, now in (
+        ("run.seed", saved["run"]["seed"], config.run.seed),
+        ("data.split", saved["data"]["split"], config.data.split),
+    ):
+        if before != now:
+            raise CheckpointError(
+                f"{reader.folder} was trained with {name} {before}, and now it is {now}, which changes the order of "
+                f"the samples: set {name} back, or use another run.folder"
+            )
 
 
 def main() -> None:
@@ -165,15 +191,11 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the file")
     arguments = parser.parse_intermixed_args()
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            print_config(config)
-            return
-        check_precision(config.train.precision)
-    except ConfigError as error:
-        error.agreed = True  # every process reads the same settings
-        raise
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print_config(config)
+        return
+    check_precision(config.train.precision)
     with joined_processes() as processes:
         run_training(config, processes)
 

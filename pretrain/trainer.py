@@ -129,7 +129,7 @@ class Trainer:
         if state.skipped_in_a_row >= _SKIPS_IN_A_ROW:
             raise _agreed(
                 f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}: "
-                "lower optimizer.learning_rate, or train.precision=bf16 or fp32; the last checkpoint is from before"
+                "lower optimizer.learning_rate, or set train.precision to bf16 or fp32"
             )
 
     def _refuse_non_finite(self, norm: float) -> None:
@@ -137,6 +137,16 @@ class Trainer:
             raise _agreed(
                 f"the gradient norm of step {self.state.step} is {norm}, and deepspeed.stage 0 cannot skip a step: "
                 "lower optimizer.learning_rate, or set deepspeed.stage=1"
+            )
+
+    def _refuse_non_finite_weights(self) -> None:
+        """Before anything measures or saves the weights: a spectrum of NaN is an error without a sentence."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all().int()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:
+            raise _agreed(
+                f"there are weights that are not finite after step {self.state.step}: lower optimizer.learning_rate; "
+                "the checkpoints are from before"
             )
 
     def _loss_scale(self) -> float | None:
@@ -148,6 +158,7 @@ class Trainer:
         micro_batch = self.config.train.micro_batch
         byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
         sums = torch.zeros(3, dtype=torch.float64)
+        self._refuse_non_finite_weights()
         self.engine.eval()
         for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
             first = micro_batch_start(0, micro_step, micro_batch, data_index(), self.layout.data)
@@ -174,6 +185,7 @@ class Trainer:
         step = self.state.step
         if not self.policy.due(step):
             return None
+        self._refuse_non_finite_weights()
         spectra = self.spectra() if self.policy.needs_spectra(step) else {}
         plan = plan_growth(self.model, self.policy, self.config.rank, step, spectra)
         if plan is None:
@@ -195,6 +207,7 @@ class Trainer:
 
     def save(self, root: Path) -> Path:
         """Writes a checkpoint of the present step below `root`; a collective over all processes."""
+        self._refuse_non_finite_weights()
         adapter = optimizer_state(self.engine)
         return write_checkpoint(
             root,

@@ -37,6 +37,11 @@ class Case:
     micro_batch: int = 2
 
 
+def allow_fp16_on_cpu() -> None:
+    """torch computes in fp16 on any CPU; DeepSpeed 0.19.8 asks oneDNN for fast kernels, which few have, and refuses."""
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
 def deepspeed_settings(case: Case) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": case.micro_batch,
@@ -48,8 +53,7 @@ def deepspeed_settings(case: Case) -> dict[str, Any]:
     if case.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     if case.precision == "fp16":
-        # torch computes in fp16 on any CPU; DeepSpeed 0.19.8 asks oneDNN for fast kernels, which few have, and refuses.
-        type(get_accelerator()).is_fp16_supported = lambda self: True
+        allow_fp16_on_cpu()
         settings["fp16"] = {"enabled": True, "initial_scale_power": 12}
     return settings
 

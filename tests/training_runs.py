@@ -13,6 +13,7 @@ from model.process_groups import tensor_group, tensor_size
 from pretrain.config import load_config
 from pretrain.train import run_training
 from pretrain.trainer import Trainer
+from tests.parallel_engine import allow_fp16_on_cpu
 from tests.parallel_model import positions_of
 from tools.documents import find_files
 from tools.preprocess_corpus import preprocess
@@ -57,6 +58,7 @@ def write_config(path: Path, corpus: Path, folder: Path, **sections: dict[str, A
 
 def train_in_workers(config: str, overrides: list[str]) -> None:
     """A whole run in a worker."""
+    allow_fp16_on_cpu()
     run_training(load_config(config, overrides), dist.get_world_size())
 
 

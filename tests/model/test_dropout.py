@@ -49,10 +49,11 @@ def test_data_parallel_processes_drop_different_entries() -> None:
     assert not torch.equal(one, other)
 
 
-def _training_step(parametrization: str, attention: float, hidden: float) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
+def _training_step(
+    parametrization: str, attention: float, hidden: float
+) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
     initialize_process_groups(2)
-    changes = {"attention_dropout": attention, "hidden_dropout": hidden}
-    config = small_config("gpt2", parametrization, **changes)
+    config = small_config("gpt2", parametrization, attention_dropout=attention, hidden_dropout=hidden)
     ranks = {projection.name: 6 for projection in factored_projections(config)}
     model = build_model(config, ranks, seed=1)
     tokens, labels = some_tokens(config)

@@ -5,10 +5,13 @@ import os
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.arithmetic import total_parameters
 from model.config import ModelConfig
+from model.process_groups import initialize_process_groups
+from pretrain.augmentation import GrowthPlan, _agree_on, _check_logits
 from pretrain.optimizer_state import optimizer_state
 from tests.distributed import run
 from tests.parallel_engine import Case, SmallRun, live_engines, uniform_ranks
@@ -110,8 +113,8 @@ def test_growth_keeps_every_old_entry(processes: int, case: Case) -> None:
 
 @pytest.mark.parametrize(("processes", "case"), CASES)
 def test_memory_after_growth_is_what_the_ranks_predict(processes: int, case: Case) -> None:
-    """Every parameter of this model is split, so the sums come out even: bytes of parameters on each process, and twelve
-    bytes a number for master and moments over all of them, but for ZeRO's padding to an even partition."""
+    """Every parameter of this model is split, so the sums come out even: bytes of parameters on each process, and
+    twelve bytes a number for master and moments over all of them, but for ZeRO's padding to an even partition."""
     config = small_config("llama", "factored")
     everyone = run(_around_growth, processes, config, case, uniform_ranks(config, 8))
     numbers = total_parameters(config, uniform_ranks(config, 8))
@@ -123,13 +126,42 @@ def test_memory_after_growth_is_what_the_ranks_predict(processes: int, case: Cas
     assert 12 * numbers <= state_bytes <= 12 * (numbers + 64 * processes)
 
 
+def _compare(change: float) -> str:
+    initialize_process_groups(1)
+    logits = torch.linspace(-1, 1, 50)
+    try:
+        _check_logits(logits, logits + (change if dist.get_rank() == 1 else 0.0))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_growth_that_changes_the_function_is_noticed_by_all() -> None:
+    assert run(_compare, 2, 1e-7) == ["", ""]
+    for change in (0.01, float("nan")):
+        assert all("growth changed the logits" in message for message in run(_compare, 2, change))
+
+
+def _disagree() -> str:
+    initialize_process_groups(1)
+    try:
+        _agree_on(GrowthPlan(3, {"layer": 8 + dist.get_rank()}, {"layer": 1.0}), {"layer": 4})
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_disagree_about_a_plan_stop_together() -> None:
+    assert all("processes disagree about the growth at step 3" in message for message in run(_disagree, 2))
+
+
 def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int], list[int]]:
     left_by_other_tests = live_engines()
     small = SmallRun(config, uniform_ranks(config, 4), Case(stage=1, precision="bf16"))
     small.train(1)
     engines, hooks, resident = [], [], []
     for _ in range(events):
-        small.grow(uniform_ranks(config, 4))
+        small.grow({name: rank + 1 for name, rank in small.engine.module.ranks().items()})
         small.train(1)
         module = small.engine.module
         engines.append(live_engines() - left_by_other_tests)
@@ -143,5 +175,7 @@ def test_twenty_events_leave_nothing_behind() -> None:
     for engines, hooks, resident in run(_many_events, 2, config, 20, timeout_seconds=300):
         assert engines == [1] * 20
         assert hooks == [hooks[0]] * 20
-        # One engine of this model holds 14 bytes a parameter, 60 MB: were any kept, it would show twenty times.
-        assert resident[-1] - resident[4] < 30e6
+        # What the ranks predict for the fifteen events: at most 2 + 2 + 4 + 8 bytes a number (weight, gradient, master,
+        # moments). Were any engine kept, it would show as 60 MB an event.
+        added = total_parameters(config, uniform_ranks(config, 24)) - total_parameters(config, uniform_ranks(config, 9))
+        assert resident[-1] - resident[4] < 16 * added + 30e6

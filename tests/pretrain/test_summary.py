@@ -71,8 +71,12 @@ def test_summary_holds_the_facts_and_the_next_commands(tmp_path):
     assert facts["consumed_tokens"] == 10 * 4 * 32
     text = summary_text(facts, tmp_path / "a run")
     assert "validation loss 2.5000, perplexity 12.18" in text
-    assert "after 2 augmentations, which took 0.8 s" in text
-    assert f"--checkpoint '{tmp_path}/a run/checkpoints' --output '{tmp_path}/a run/merged'" in text
+    assert [event["step"] for event in facts["augmentations"]] == [event["step"] for event in GROWTH]
+    assert facts["augmentations"][-1]["mean_rank"] == facts["mean_rank"]
+    assert facts["augmentations"][0]["mean_rank"] < facts["mean_rank"]
+    assert "after 2 augmentations:" in text
+    assert f"--checkpoint '{tmp_path}/a run' --output '{tmp_path}/a run/consolidated'" in text
+    assert f'from_pretrained("{tmp_path}/a run/export")' in text
 
 
 def test_summary_of_a_dense_run_without_checkpoint():
@@ -81,4 +85,4 @@ def test_summary_of_a_dense_run_without_checkpoint():
     assert "training loss 3.0000" in text
     assert "100.0 % of the dense model's" in text
     assert "mean rank" not in text
-    assert "next:" not in text
+    assert "from_pretrained" not in text

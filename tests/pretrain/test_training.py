@@ -16,11 +16,12 @@ import torch
 
 from pretrain.checkpoint_format import KEYS
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
-from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError
+from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
 from tests.distributed import run
 from tests.training_runs import curve, make_corpus, train_in_workers, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,26 @@ def test_bf16_follows_fp32(corpus: Path, tmp_path: Path, stage: int, family: str
         assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-2)
 
 
+@pytest.mark.parametrize(("stage", "family"), [(1, "gpt2"), (2, "llama")])
+def test_fp16_skips_until_its_scale_fits_and_grows(corpus: Path, tmp_path: Path, stage: int, family: str) -> None:
+    """Skipped steps are counted and leave Adam's step count alone; the loss scale survives both events and a resume."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"fp16": {"initial_scale_power": 24, "hysteresis": 1}}))
+    overrides = ["parallel.tensor=2", "train.precision=fp16", f"deepspeed.stage={stage}", f"deepspeed.config={file}"]
+    sections = _twenty_steps(family, "factored", "all") | {"checkpoint": {"every": 10}}
+    folder = _train(corpus, tmp_path / "run", 2, *overrides, **sections)
+    lines = curve(folder)
+    skipped = lines[-1]["skipped_steps"]
+    assert 0 < skipped < 20
+    assert lines[-1]["loss_scale"] == 2.0 ** (24 - skipped)
+    assert lines[-1]["lm_loss"] < lines[0]["lm_loss"]
+    assert CheckpointReader(folder / "checkpoints" / "step_000000020").state["optimizer"]["adam_step"] == 20 - skipped
+    again = tmp_path / "again"
+    _cut_back(folder, again, 10)
+    _train(corpus, again, 2, *overrides, **sections)
+    assert curve(again) == lines
+
+
 def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
     ramp = {"train": {"batch_ramp": {"start": 4, "increment": 4, "steps": 6}, "global_batch": 12}}
     lines = curve(_train(corpus, tmp_path / "run", 2, "schedule.shape=linear", **ramp))
@@ -142,6 +163,18 @@ def test_explained_ratio_grows_by_its_spectra_and_reports_its_null(corpus: Path,
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "null"] == [0]
     assert curve(folder)[-1]["mean_rank"] > 8
+
+
+def test_divergence_is_one_sentence_and_saves_nothing(corpus: Path, tmp_path: Path) -> None:
+    overrides = ["optimizer.learning_rate=1e30", "schedule.shape=constant", "checkpoint.every=1", "deepspeed.stage=1"]
+    folder = tmp_path / "run"
+    with pytest.raises(NumericalError, match="not finite"):
+        _train(corpus, folder, 2, *overrides)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "fault"
+    assert "not finite" in events[-1]["error"]
+    with pytest.raises(NumericalError, match=r"deepspeed\.stage 0 cannot skip"):
+        _train(corpus, tmp_path / "other", 2, *overrides, "deepspeed.stage=0", "checkpoint.every=0")
 
 
 # Resume ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +229,7 @@ def test_another_layout_takes_over(corpus: Path, tmp_path: Path) -> None:
 
 
 def _launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(ROOT)}
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(_free_port())]
     command += [str(ROOT / "pretrain" / "train.py"), "--config", str(config), "parallel.tensor=2", *overrides]
     return subprocess.Popen(
@@ -236,9 +269,10 @@ def test_kill_minus_nine_costs_nothing_committed(corpus: Path, tmp_path: Path, m
     checkpoints = folder / "checkpoints"
     launcher = _launch(config)
     _wait_for(lambda: (checkpoints / "step_000000003" / "manifest.json").exists(), launcher)
+    victim = _workers(launcher)[1]
     if moment == "save":
         _wait_for(lambda: any(checkpoints.glob(".staging_step_000000006*")), launcher)
-    _workers(launcher)[1].send_signal(signal.SIGKILL)
+    victim.send_signal(signal.SIGKILL)
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode != 0, output
     newest = find_checkpoint(checkpoints)
@@ -297,6 +331,14 @@ def test_resume_needs_the_same_model_and_a_whole_checkpoint(corpus: Path, tmp_pa
     assert "manifest" in _refused(CheckpointError, corpus, folder, "train.steps=14")
 
 
+def test_resume_needs_the_same_samples(corpus: Path, tmp_path: Path) -> None:
+    folder = _train(corpus, tmp_path / "run", 2, "checkpoint.every=6")
+    assert "run.seed 1234" in _refused(CheckpointError, corpus, folder, "train.steps=14", "run.seed=7")
+    assert "data.split" in _refused(CheckpointError, corpus, folder, "train.steps=14", "data.split='20,80,0'")
+    _train(corpus, folder, 2, "train.steps=14", "train.global_batch=4")  # another batch is fine
+    assert curve(folder)[-1]["consumed_samples"] == 12 * 8 + 2 * 4
+
+
 def test_full_disk_ends_the_run_with_one_sentence(corpus: Path, tmp_path: Path) -> None:
     """A real file system of two megabytes, where this machine lets us mount one."""
     small = tmp_path / "small"
@@ -314,7 +356,7 @@ def test_full_disk_ends_the_run_with_one_sentence(corpus: Path, tmp_path: Path) 
 def test_a_users_mistake_is_one_line_and_an_exit_code(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run")
     command = [sys.executable, str(ROOT / "pretrain" / "train.py"), "--config", str(config), "train.stepz=3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
