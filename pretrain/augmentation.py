@@ -185,6 +185,7 @@ def _refuse_non_finite(logits: Tensor, step: int) -> None:
 
 def _check_logits(expected: Tensor, found: Tensor) -> None:
     change = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    change = change.nan_to_num(nan=torch.inf)  # which a maximum would lose
     dist.all_reduce(change, op=dist.ReduceOp.MAX)  # so that all processes go on, or none
     difference = float(change)
     tolerance = _LOGIT_TOLERANCE[expected.dtype]

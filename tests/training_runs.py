@@ -21,7 +21,7 @@ from tools.train_tokenizer import train_tokenizer, write_tokenizer
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"layers": 2, "hidden": 32, "heads": 4, "sequence_length": 32},
-    "train": {"steps": 12, "micro_batch": 2, "global_batch": 8, "log_every": 1, "validate_every": 6},
+    "train": {"steps": 12, "micro_batch": 4, "global_batch": 8, "log_every": 1, "validate_every": 0},
     "optimizer": {"learning_rate": 3e-3},
     "rank": {
         "policy": "schedule",

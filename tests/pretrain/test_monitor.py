@@ -96,7 +96,9 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
     }  # fmt: skip
     assert "throughput/mfu" not in scalars  # no device that we know, and fp32
     assert set(events.Tags()["images"]) == {"rank/map", "spectrum/singular_values"}
-    assert [(event.step, event.value) for event in events.Scalars("rank/layer_00/qkv")] == [(0, 8.0), (10, 16.0)]
+    ranks = [(event.step, event.value) for event in events.Scalars("rank/layer_00/qkv")]
+    before = [(0, 8.0), (1, 8.0), (5, 8.0), (10, 8.0)]
+    assert ranks == [*before, (10, 16.0), (15, 16.0), (20, 16.0)]  # at every logged step: a staircase, no ramp
     assert events.Scalars("validation/ppl")[0].value == pytest.approx(math.exp(2.5), rel=1e-5)
     assert events.Scalars("throughput/dense_equivalent_speedup")[0].value > 1.0
 

@@ -151,7 +151,7 @@ def test_fp16_skips_until_its_scale_fits_and_grows(corpus: Path, tmp_path: Path,
 
 
 def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
-    ramp = {"train": {"batch_ramp": {"start": 4, "increment": 4, "steps": 6}, "global_batch": 12}}
+    ramp = {"train": {"batch_ramp": {"start": 4, "increment": 4, "steps": 6}, "global_batch": 12, "micro_batch": 2}}
     lines = curve(_train(corpus, tmp_path / "run", 2, "schedule.shape=linear", **ramp))
     assert [line["global_batch"] for line in lines] == [4] * 3 + [8] * 3 + [12] * 6
     assert [line["consumed_samples"] for line in lines][-1] == 3 * 4 + 3 * 8 + 6 * 12
@@ -335,7 +335,7 @@ def test_resume_needs_the_same_samples(corpus: Path, tmp_path: Path) -> None:
     folder = _train(corpus, tmp_path / "run", 2, "checkpoint.every=6")
     assert "run.seed 1234" in _refused(CheckpointError, corpus, folder, "train.steps=14", "run.seed=7")
     assert "data.split" in _refused(CheckpointError, corpus, folder, "train.steps=14", "data.split='20,80,0'")
-    _train(corpus, folder, 2, "train.steps=14", "train.global_batch=4")  # another batch is fine
+    _train(corpus, folder, 2, "train.steps=14", "train.global_batch=4", "train.micro_batch=2")  # another batch is fine
     assert curve(folder)[-1]["consumed_samples"] == 12 * 8 + 2 * 4
 
 
