@@ -114,7 +114,7 @@ def test_every_layout_gives_the_same_curve(
     for mine, other in zip(found, expected, strict=True):
         assert mine["mean_rank"] == other["mean_rank"]
         assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4 if mine["step"] > 10 else 1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
 # Precision, schedules, policies ---------------------------------------------------------------------------------------
@@ -339,14 +339,17 @@ def test_resume_needs_the_same_samples(corpus: Path, tmp_path: Path) -> None:
     assert curve(folder)[-1]["consumed_samples"] == 12 * 8 + 2 * 4
 
 
-def test_full_disk_ends_the_run_with_one_sentence(corpus: Path, tmp_path: Path) -> None:
-    """A real file system of two megabytes, where this machine lets us mount one."""
+@pytest.mark.parametrize(("size", "kind"), [("2m", CheckpointError), ("64k", DataError)])
+def test_full_disk_ends_the_run_with_one_sentence(
+    corpus: Path, tmp_path: Path, size: str, kind: type[EspalierError]
+) -> None:
+    """A real file system too small for the checkpoint, or for the order of the samples, where we may mount one."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
-        message = _refused(CheckpointError, corpus, small / "run", model={"hidden": 128})
+        message = _refused(kind, corpus, small / "run", model={"hidden": 128})
         assert "space" in message.lower()
         assert not list((small / "run" / "checkpoints").glob("step_*"))
     finally:
