@@ -26,7 +26,7 @@ from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm, singular_values
-from pretrain.engine import tear_down
+from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import NumericalError
 from pretrain.optimizer_state import gather, optimizer_state, stash
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, limit_growth
@@ -120,6 +120,7 @@ def augment(
     state.finish_loading()
     state.load_counters(counters)
     _check_logits(expected, _fixed_batch_logits(engine))
+    release_free_memory()
     changed = {name: before[name] for name in plan.ranks}
     return engine, GrowthRecord(plan.step, changed, plan.ranks, time.perf_counter() - start)
 

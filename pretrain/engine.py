@@ -1,5 +1,6 @@
 """Builds DeepSpeed engines and takes them down without leaving anything behind."""
 
+import ctypes
 import gc
 from typing import Any
 
@@ -68,6 +69,19 @@ def _fresh_parameter(parameter: nn.Parameter) -> nn.Parameter:
         if hasattr(parameter, mark):
             setattr(fresh, mark, getattr(parameter, mark))
     return fresh
+
+
+def release_free_memory() -> None:
+    """Gives what was freed back to the system, and to other users of the device.
+
+    glibc keeps freed blocks for itself: without this, resident memory of a small model rose by 4 MB per event and stood
+    135 MB above what was in use after 20.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:

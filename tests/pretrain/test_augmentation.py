@@ -162,11 +162,11 @@ def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int]
     engines, hooks, resident = [], [], []
     for _ in range(events):
         small.grow({name: rank + 1 for name, rank in small.engine.module.ranks().items()})
+        resident.append(psutil.Process(os.getpid()).memory_info().rss)
         small.train(1)
         module = small.engine.module
         engines.append(live_engines() - left_by_other_tests)
         hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()))
-        resident.append(psutil.Process(os.getpid()).memory_info().rss)
     return engines, hooks, resident
 
 
