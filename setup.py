@@ -34,5 +34,7 @@ setup(
         "xxhash>=3.5",
         "zstandard>=0.23",
     ],
-    extras_require={"test": ["mypy>=1.15", "pytest>=8.1", "ruff>=0.12", "types-PyYAML", "types-psutil", "types-tqdm"]},
+    extras_require={
+        "test": ["mypy>=1.15", "peft>=0.18", "pytest>=8.1", "ruff>=0.12", "types-PyYAML", "types-psutil", "types-tqdm"]
+    },
 )

@@ -131,7 +131,7 @@ install_torch() {
 # Compiled here once rather than by all processes of the first run together.
 compile_operator() {
     # A compilation that was killed leaves its lock, and torch waits for it without end.
-    rm -f "${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"/*/*/lock
+    rm -f "${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"/{,*/}*/lock
     PATH="$venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}" "$venv/bin/python" -c '
 from deepspeed.accelerator import get_accelerator
 builder = get_accelerator().create_op_builder("ShareMemCommBuilder")

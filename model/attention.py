@@ -4,6 +4,7 @@ megatron-core 0.16.1's own `DotProductAttention` needs CUDA generator states.
 """
 
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -11,18 +12,21 @@ from model.dropout import DropoutCounter
 
 
 class ScaledDotProductAttention(nn.Module):
-    """softmax(Q Kᵀ / √d) V with a causal mask, over the heads this process holds."""
+    """softmax(Q Kᵀ / √d) V over the heads this process holds; causal, or over the whole sequence in both directions
+    (`AttnMaskType.no_mask`)."""
 
     def __init__(
         self,
         *,
         config: TransformerConfig,
         layer_number: int,
+        attn_mask_type: AttnMaskType,
         counter: DropoutCounter,
         softmax_scale: float | None,
-        **_megatron: object,  # mask type, process groups and others: causal attention on whole sequences needs none
+        **_megatron: object,  # process groups and others: attention on whole sequences needs none
     ) -> None:
         super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
         self.counter, self.layer, self.softmax_scale = counter, layer_number, softmax_scale
         self.dropout = config.attention_dropout
 
@@ -37,7 +41,7 @@ class ScaledDotProductAttention(nn.Module):
         """`query (seq, batch, heads/tp, size)`, `key` and `value (seq, batch, groups/tp, size)` to
         `(seq, batch, heads/tp * size)`."""
         if attention_mask is not None:
-            raise ValueError("attention is causal over whole sequences and takes no mask")
+            raise ValueError("attention is over whole sequences and takes no mask")
         repeats = query.shape[2] // key.shape[2]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if repeats > 1:
@@ -50,7 +54,7 @@ class ScaledDotProductAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=self.softmax_scale
+            query, key, value, dropout_p=dropout, is_causal=self.causal, scale=self.softmax_scale
         )
 
     def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Family = Literal["llama", "gpt2"]
-Parametrization = Literal["dense", "factored"]
+Parametrization = Literal["dense", "factored", "additive"]
 ProjectionKind = Literal["qkv", "proj", "fc1", "fc2"]
 
 
@@ -37,6 +37,10 @@ class ModelConfig(BaseModel):
     vocabulary_multiple: int = Field(128, ge=1, description="the embedding is padded to it, whatever the layout")
     parametrization: Parametrization = "factored"
     factored_layers: Literal["all", "mlp"] = Field("all", description="which linear layers are factored")
+    trained: Literal["all", "factors"] = Field(
+        "all", description="factors: A and B alone, all else keeps its initial value; additive only"
+    )
+    bidirectional: bool = Field(False, description="attention in both directions; set by train.objective=mlm")
     attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     initial_std: float = Field(0.02, gt=0.0, description="of a dense weight's initial entries")
@@ -60,6 +64,15 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"{self.heads} heads do not divide into {self.groups} query groups: "
                 "change model.heads or model.query_groups"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_additive_models_freeze(self) -> "ModelConfig":
+        if self.trained == "factors" and self.parametrization != "additive":
+            raise ValueError(
+                f"model.trained factors freezes all but the factors of an additive model, and this one is "
+                f"{self.parametrization}: set model.parametrization=additive, or leave model.trained out"
             )
         return self
 
@@ -100,8 +113,8 @@ class ModelConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer of the transformer: `weight (out_features, in_features)`, or its factors
-    `B (out_features, rank)` and `A (rank, in_features)`."""
+    """One linear layer of the transformer: `weight (out_features, in_features)`, its factors
+    `B (out_features, rank)` and `A (rank, in_features)`, or (additive) all three."""
 
     name: str
     """Module path in the model, e.g. `decoder.layers.3.mlp.linear_fc1`: the key of every rank dictionary."""
@@ -110,10 +123,18 @@ class Projection:
     in_features: int
     out_features: int
     factored: bool
+    """It has a rank: factors alone, or beside the frozen weight."""
     normed: bool
-    """The norm in front of it is part of the layer (`norm_weight`, `norm_bias`) when it is factored."""
+    """There is a norm in front of it."""
     residual: bool
     """Its output is added to the residual stream."""
+    additive: bool = False
+    """Its factors are added to a frozen `weight`."""
+
+    @property
+    def fused_norm(self) -> bool:
+        """The norm in front of it is part of the layer: `norm_weight`, `norm_bias`."""
+        return self.normed and self.factored and not self.additive
 
     @property
     def label(self) -> str:
@@ -130,29 +151,30 @@ def projections(config: ModelConfig) -> list[Projection]:
     """Every linear layer of the stack in order of execution."""
     qkv_width = (config.heads + 2 * config.groups) * config.head_size
     fc1_width = config.ffn_width * (2 if config.gated else 1)
-    factored = config.parametrization == "factored"
+    factored = config.parametrization != "dense"
     attention = factored and config.factored_layers == "all"
-    found = []
-    for layer in range(config.layers):
-        prefix = f"decoder.layers.{layer}."
-        found += [
-            Projection(
-                prefix + "self_attention.linear_qkv", layer, "qkv", config.hidden, qkv_width, attention, True, False
-            ),
-            Projection(
-                prefix + "self_attention.linear_proj",
-                layer,
-                "proj",
-                config.hidden,
-                config.hidden,
-                attention,
-                False,
-                True,
-            ),
-            Projection(prefix + "mlp.linear_fc1", layer, "fc1", config.hidden, fc1_width, factored, True, False),
-            Projection(prefix + "mlp.linear_fc2", layer, "fc2", config.ffn_width, config.hidden, factored, False, True),
-        ]
-    return found
+    additive = config.parametrization == "additive"
+    shapes: list[tuple[str, ProjectionKind, int, int, bool]] = [
+        ("self_attention.linear_qkv", "qkv", config.hidden, qkv_width, attention),
+        ("self_attention.linear_proj", "proj", config.hidden, config.hidden, attention),
+        ("mlp.linear_fc1", "fc1", config.hidden, fc1_width, factored),
+        ("mlp.linear_fc2", "fc2", config.ffn_width, config.hidden, factored),
+    ]
+    return [
+        Projection(
+            f"decoder.layers.{layer}.{module}",
+            layer,
+            kind,
+            in_features,
+            out_features,
+            factored=has_rank,
+            normed=kind in ("qkv", "fc1"),
+            residual=kind in ("proj", "fc2"),
+            additive=additive and has_rank,
+        )
+        for layer in range(config.layers)
+        for module, kind, in_features, out_features, has_rank in shapes
+    ]
 
 
 def factored_projections(config: ModelConfig) -> list[Projection]:

@@ -16,6 +16,8 @@ rows:
 Growing the rank appends rows to every A_i and columns to every B_i: nothing is resharded, any rank is legal for any p.
 """
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -23,6 +25,18 @@ from torch import Tensor, nn
 from model.collectives import copy_to_group, reduce_bottleneck
 from model.process_groups import tensor_size
 from model.sharded_norm import NormKind, local_statistics, mark_sharded, mean_and_scale, new_sharded_vector
+
+
+@dataclass
+class Probe:
+    """Directions that a layer carries for a while beside its own: plain tensors `A (k, in/tp)` and `B (out/tp, k)`.
+
+    One of them is zero, so the output is what it was, and the gradient of the zero one is a sketch of the dense
+    gradient G = ∂L/∂W: that of B = 0 is G Aᵀ, that of A = 0 is Bᵀ G.
+    """
+
+    A: Tensor
+    B: Tensor
 
 
 class FactoredLinear(nn.Module):
@@ -52,6 +66,7 @@ class FactoredLinear(nn.Module):
         self.norm_bias = new_sharded_vector(input_size, 0.0) if norm == "layernorm" else None
         processes = tensor_size()
         self.set_factors(torch.empty(rank, input_size // processes), torch.empty(output_size // processes, rank))
+        self.probe: Probe | None = None
         self.bias = new_sharded_vector(output_size, 0.0) if bias else None
         if self.bias is not None:
             mark_sharded(self.bias, dim=0, stride=stride)
@@ -69,25 +84,30 @@ class FactoredLinear(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the
         caller."""
-        bottleneck = copy_to_group(self._bottleneck(hidden.flatten(0, -2)))
+        A = self.A if self.probe is None else torch.cat([self.A, self.probe.A])
+        bottleneck = copy_to_group(self._bottleneck(hidden.flatten(0, -2), A))
         added = None if self.skip_bias_add else self.bias
-        output = nn.functional.linear(bottleneck, self.B, added).view(*hidden.shape[:-1], -1)
-        return output, self.bias if self.skip_bias_add else None
+        if self.probe is None:
+            output = nn.functional.linear(bottleneck, self.B, added)
+        else:
+            output = nn.functional.linear(bottleneck[:, : self.rank], self.B, added)
+            output = output + nn.functional.linear(bottleneck[:, self.rank :], self.probe.B)
+        return output.view(*hidden.shape[:-1], -1), self.bias if self.skip_bias_add else None
 
-    def _bottleneck(self, tokens: Tensor) -> Tensor:
+    def _bottleneck(self, tokens: Tensor, A: Tensor) -> Tensor:
         """`A norm(x)`, `(tokens, in/tp)` to `(tokens, rank)`, the same on all processes."""
         if self.norm is None or self.norm_weight is None:
             no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
-            return reduce_bottleneck(tokens @ self.A.t(), no_statistics, self.A.new_empty(0, self.rank))[0]
+            return reduce_bottleneck(tokens @ A.t(), no_statistics, A.new_empty(0, A.shape[0]))[0]
         statistics = local_statistics(tokens, self.norm)
-        scaled_A = self.A * self.norm_weight
+        scaled_A = A * self.norm_weight
         if self.norm_bias is None:
-            no_rows = scaled_A.new_empty(0, self.rank)
+            no_rows = scaled_A.new_empty(0, A.shape[0])
             product, everyone, _ = reduce_bottleneck(tokens @ scaled_A.t(), statistics, no_rows)
             _, scale = mean_and_scale(everyone, self.epsilon)
             return (product.float() * scale).to(tokens.dtype)
         centred = (tokens.float() - statistics[:, :1]).to(tokens.dtype)
-        sums = torch.stack([scaled_A.sum(dim=1), self.A @ self.norm_bias])
+        sums = torch.stack([scaled_A.sum(dim=1), A @ self.norm_bias])
         product, everyone, rows = reduce_bottleneck(centred @ scaled_A.t(), statistics, sums)
         mean, scale = mean_and_scale(everyone, self.epsilon)
         between = (everyone[..., 0] - mean) @ rows[:, 0].float()

@@ -3,6 +3,7 @@
 | parametrization          | stream between layers | attention             | MLP                   |
 |--------------------------|-----------------------|-----------------------|-----------------------|
 | dense                    | whole                 | megatron-core's       | megatron-core's       |
+| additive                 | whole                 | megatron-core's + B A | megatron-core's + B A |
 | factored, all layers     | split along hidden    | factored, norm fused  | factored, norm fused  |
 | factored, MLPs only      | split along hidden    | dense, gather/scatter | factored, norm fused  |
 """
@@ -25,16 +26,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from model.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParallelLinear
 from model.attention import ScaledDotProductAttention
+from model.collectives import all_gathered
 from model.config import ModelConfig, Projection, factored_projections, projections
 from model.dense_in_stream import StreamColumnParallelLinear, StreamRowParallelLinear
 from model.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
 from model.embedding import StreamEmbedding
 from model.factored_linear import FactoredLinear
-from model.initialization import initial_dense, initial_factor, residual_scale
+from model.initialization import initial_tensor
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharded_norm import NormKind, ShardedNorm, mark_sharded
 from model.sharding import TensorLayout
+
+LayerWithFactors = FactoredLinear | AdditiveColumnParallelLinear | AdditiveRowParallelLinear
+"""What has `A`, `B`, `rank`, `set_factors` and `probe`."""
 
 
 def norm_kind(config: ModelConfig) -> NormKind:
@@ -87,7 +93,7 @@ class _LayerSpecs:
         number = qkv.layer + 1  # megatron-core counts layers from 1
         attention = ModuleSpec(
             module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
+            params={"attn_mask_type": AttnMaskType.no_mask if self.config.bidirectional else AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=self._linear(qkv),
                 core_attention=ModuleSpec(module=ScaledDotProductAttention, params={"counter": self.counter}),
@@ -100,16 +106,19 @@ class _LayerSpecs:
         return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
-                input_layernorm=IdentityOp if qkv.factored else self._norm(),
+                input_layernorm=IdentityOp if qkv.fused_norm else self._norm(),
                 self_attention=attention,
                 self_attn_bda=self._residual_add(number, "attention_output"),
-                pre_mlp_layernorm=IdentityOp if fc1.factored else self._norm(),
+                pre_mlp_layernorm=IdentityOp if fc1.fused_norm else self._norm(),
                 mlp=mlp,
                 mlp_bda=self._residual_add(number, "mlp_output"),
             ),
         )
 
     def _linear(self, projection: Projection) -> ModuleSpec:
+        if projection.additive:
+            layer = AdditiveColumnParallelLinear if projection.normed else AdditiveRowParallelLinear
+            return ModuleSpec(module=layer, params={"rank": self.ranks[projection.name]})
         if projection.factored:
             norm = norm_kind(self.config) if projection.normed else None
             return ModuleSpec(module=FactoredLinear, params={"rank": self.ranks[projection.name], "norm": norm})
@@ -179,16 +188,36 @@ class EspalierModel(GPTModel):
         self.to(device())
         _mark_megatron_shards(self, config)
         _initialize(self, config, seed)
+        if config.trained == "factors":
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.endswith((".A", ".B")))  # which freezes all others
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy over the real vocabulary: rows that only pad it get no probability."""
+        """Cross entropy `(batch, seq)` of `logits (seq, batch, padded_vocabulary/tp)` over the real vocabulary: rows
+        that only pad it get no probability."""
+        return super().compute_language_model_loss(labels, self._over_real_vocabulary(logits))
+
+    def likeliest_tokens(self, logits: Tensor) -> Tensor:
+        """The token with the largest of `logits (..., padded_vocabulary/tp)`, over all processes' shards: `(...)`."""
+        largest, row = self._over_real_vocabulary(logits).max(dim=-1)
+        token = row + tensor_index() * logits.shape[-1]
+        # Both in one collective: fp64 holds token ids exactly.
+        best = all_gathered(torch.stack([largest.double(), token.double()], dim=-1)).unflatten(-1, (tensor_size(), 2))
+        shard = best[..., 0].argmax(dim=-1, keepdim=True)
+        return best[..., 1].gather(-1, shard).squeeze(-1).long()
+
+    def _over_real_vocabulary(self, logits: Tensor) -> Tensor:
         rows = logits.shape[-1]
         padding = torch.arange(rows, device=logits.device) + tensor_index() * rows >= self.model_config.vocabulary
-        return super().compute_language_model_loss(labels, logits.masked_fill(padding, float("-inf")))
+        return logits.masked_fill(padding, float("-inf"))
 
-    def factored_layers(self) -> dict[str, FactoredLinear]:
+    def factored_layers(self) -> dict[str, LayerWithFactors]:
         """The layers that have a rank, by `Projection.name`."""
         return {p.name: self.get_submodule(p.name) for p in factored_projections(self.model_config)}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that get gradients, by name; the others keep their initial values."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def ranks(self) -> dict[str, int]:
         """The present rank of every factored layer."""
@@ -234,18 +263,7 @@ def _mark_megatron_shards(model: EspalierModel, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def _initialize(model: EspalierModel, config: ModelConfig, seed: int) -> None:
-    owners = {p.name: p for p in projections(config)}
-    ranks = model.ranks()
-    for (name, parameter), layout in zip(model.named_parameters(), tensor_layouts(model).values(), strict=True):
-        module, _, leaf = name.rpartition(".")
-        owner = owners.get(module)
-        if owner is not None and leaf in ("A", "B"):
-            full = initial_factor(config, owner, leaf, ranks[module], seed)
-        elif leaf.endswith("bias"):
-            full = torch.zeros(layout.full_shape)
-        elif "norm" in name:
-            full = torch.ones(layout.full_shape)
-        else:
-            scale = residual_scale(config) if owner is not None and owner.residual else 1.0
-            full = initial_dense(name, layout.full_shape, config.initial_std * scale, seed)
-        parameter.copy_(layout.shard(full, tensor_index(), tensor_size()))
+    layouts = tensor_layouts(model)
+    for name, parameter in model.named_parameters():
+        full = initial_tensor(config, name, layouts[name].full_shape, seed)
+        parameter.copy_(layouts[name].shard(full, tensor_index(), tensor_size()))

@@ -1,11 +1,12 @@
 """Our tensors and Hugging Face's: one table of names and layouts, for `LlamaForCausalLM` and `GPT2LMHeadModel`.
 
-The table speaks of *dense* logical tensors: the names of a dense model, whatever the parametrization. `dense_tensor`
-makes them out of the factored ones, W = B A in fp32, so the table needs to know only this:
+It is read in both directions: exports go from ours to theirs, imports from theirs to ours. The table speaks of *dense*
+logical tensors, whatever the parametrization (`model/conversion.py` makes them and makes others of them), so it needs
+to know only this:
 
 | ours                         | Hugging Face, llama    | Hugging Face, gpt2                          |
 |------------------------------|------------------------|---------------------------------------------|
-| word embeddings, output layer| padding rows cut       | padding rows cut; the output is tied        |
+| word embeddings, output layer| padding rows cut/zero  | padding rows cut/zero; the output is tied   |
 | qkv: per query group q, k, v | q, k, v on their own   | q over k over v, then transposed (Conv1D)   |
 | fc1: gate above up           | gate, up on their own  | transposed (Conv1D); there is no gate       |
 | proj, fc2                    | as they are            | transposed (Conv1D)                         |
@@ -18,16 +19,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+from torch import Tensor, nn
 
-from model.config import ModelConfig, ProjectionKind, projections
+from model.config import ModelConfig, Projection, projections
+from model.conversion import TensorReader, dense_tensor, norm_module, parameter_shapes
 
-TensorReader = Callable[[str], Tensor]
-"""Gives the full logical tensor of a name."""
 
-Layout = Callable[[ModelConfig, Tensor], tuple[Tensor, ...]]
-"""Cuts one dense tensor of ours into the Hugging Face tensors that hold its numbers."""
+@dataclass(frozen=True)
+class Layout:
+    """How one dense tensor of ours and the Hugging Face tensors with its numbers come out of each other."""
+
+    to_theirs: Callable[[ModelConfig, Tensor], tuple[Tensor, ...]]
+    from_theirs: Callable[[ModelConfig, tuple[Tensor, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,53 +39,29 @@ class Correspondence:
 
     ours: str
     theirs: tuple[str, ...]
-    to_theirs: Layout
+    layout: Layout
 
 
 def correspondences(config: ModelConfig) -> list[Correspondence]:
     """The table for one model, in the order of execution; every tensor of either side occurs once."""
     names = _LLAMA if config.family == "llama" else _GPT2
-    table = [Correspondence("embedding.word_embeddings.weight", (names.words,), _real_vocabulary)]
+    table = [Correspondence("embedding.word_embeddings.weight", (names.words,), _VOCABULARY)]
     if names.positions is not None:
-        table.append(Correspondence("embedding.position_embeddings.weight", (names.positions,), _same))
+        table.append(Correspondence("embedding.position_embeddings.weight", (names.positions,), _SAME))
     leaves = ("weight", "bias") if config.biases else ("weight",)
     for projection in projections(config):
         layer = names.layer.format(projection.layer)
         if projection.normed:
             for leaf in leaves:
-                ours = _norm_module(projection.layer, projection.kind) + leaf
-                table.append(Correspondence(ours, (layer + names.norms[projection.kind] + leaf,), _same))
+                ours = norm_module(projection.layer, projection.kind) + leaf
+                table.append(Correspondence(ours, (layer + names.norms[projection.kind] + leaf,), _SAME))
         for leaf in leaves:
             theirs = tuple(f"{layer}{module}.{leaf}" for module in names.modules[projection.kind])
             table.append(Correspondence(f"{projection.name}.{leaf}", theirs, names.layouts[projection.kind, leaf]))
-    table += [Correspondence(f"decoder.final_layernorm.{leaf}", (names.final_norm + leaf,), _same) for leaf in leaves]
+    table += [Correspondence(f"decoder.final_layernorm.{leaf}", (names.final_norm + leaf,), _SAME) for leaf in leaves]
     if not config.tied_embeddings:
-        table.append(Correspondence("output_layer.weight", ("lm_head.weight",), _real_vocabulary))
+        table.append(Correspondence("output_layer.weight", (OUTPUT_LAYER,), _VOCABULARY))
     return table
-
-
-def dense_tensor(config: ModelConfig, ranks: Mapping[str, int], read: TensorReader, name: str) -> Tensor:
-    """The tensor `name` of the dense model that computes the same function; `read` knows the factored model's names.
-
-    Raises `ValueError` when factors do not have the rank that `ranks` says.
-    """
-    for projection in projections(config):
-        if not projection.factored:
-            continue
-        if name == projection.name + ".weight":
-            rank = ranks[projection.name]
-            A, B = read(projection.name + ".A").float(), read(projection.name + ".B").float()
-            expected = (rank, projection.in_features), (projection.out_features, rank)
-            if (tuple(A.shape), tuple(B.shape)) != expected:
-                raise ValueError(
-                    f"{projection.name} has factors A {tuple(A.shape)} and B {tuple(B.shape)}, "
-                    f"and rank {rank} needs {expected[0]} and {expected[1]}"
-                )
-            return B @ A
-        norm = _norm_module(projection.layer, projection.kind) if projection.normed else None
-        if norm is not None and name.startswith(norm):
-            return read(f"{projection.name}.norm_{name.removeprefix(norm)}")
-    return read(name)
 
 
 def huggingface_tensors(
@@ -90,105 +69,49 @@ def huggingface_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, one after the other; the tensors may be views of each other's memory."""
     for row in correspondences(config):
-        tensors = row.to_theirs(config, dense_tensor(config, ranks, read, row.ours))
+        tensors = row.layout.to_theirs(config, dense_tensor(config, ranks, read, row.ours))
         yield from zip(row.theirs, tensors, strict=True)
+
+
+def tensor_from_theirs(config: ModelConfig, row: Correspondence, theirs: tuple[Tensor, ...]) -> Tensor:
+    """One dense tensor of ours in fp32, out of the Hugging Face tensors of its row."""
+    return row.layout.from_theirs(config, tuple(tensor.float() for tensor in theirs)).contiguous()
+
+
+def modules_of(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
+    """Hugging Face's linear modules that hold one projection."""
+    names = _LLAMA if config.family == "llama" else _GPT2
+    layer = names.layer.format(projection.layer)
+    return tuple(layer + module for module in names.modules[projection.kind])
+
+
+def module_rows(config: ModelConfig, projection: Projection, rows: Tensor) -> tuple[Tensor, ...]:
+    """`rows (out, ...)` of a projection cut and ordered as the outputs of its `modules_of`, never transposed."""
+    names = _LLAMA if config.family == "llama" else _GPT2
+    # A row number takes the same way as a bias does.
+    layout = names.layouts.get((projection.kind, "bias")) or names.layouts[projection.kind, "weight"]
+    places = layout.to_theirs(config, torch.arange(projection.out_features))
+    return tuple(rows[place] for place in places)
 
 
 def huggingface_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that `huggingface_tensors` gives, without computing any."""
     dense = config.model_copy(update={"parametrization": "dense"})
-    shapes = _dense_shapes(dense)
+    shapes = parameter_shapes(dense, {})
     tensors = huggingface_tensors(dense, {}, lambda name: torch.empty(shapes[name], device="meta"))
     return {name: tuple(tensor.shape) for name, tensor in tensors}
-
-
-def huggingface_config(
-    config: ModelConfig, *, end_of_document: int | None, dtype: torch.dtype = torch.float32
-) -> PretrainedConfig:
-    """Settings with which transformers computes what our model computes; `dtype` is that of the stored weights.
-
-    A text both begins and ends at `end_of_document`: it is the token that precedes every document in training.
-    """
-    common = {
-        "vocab_size": config.vocabulary,
-        "initializer_range": config.initial_std,
-        "bos_token_id": end_of_document,
-        "eos_token_id": end_of_document,
-        "tie_word_embeddings": config.tied_embeddings,
-        "dtype": dtype,
-    }
-    if config.family == "llama":
-        return LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            hidden_size=config.hidden,
-            intermediate_size=config.ffn_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.groups,
-            head_dim=config.head_size,
-            hidden_act="silu",
-            max_position_embeddings=config.sequence_length,
-            rms_norm_eps=config.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-            attention_bias=False,
-            attention_dropout=config.attention_dropout,
-            mlp_bias=False,
-            **common,
-        )
-    return GPT2Config(
-        architectures=["GPT2LMHeadModel"],
-        n_embd=config.hidden,
-        n_inner=config.ffn_width,
-        n_layer=config.layers,
-        n_head=config.heads,
-        n_positions=config.sequence_length,
-        activation_function="gelu_new",
-        layer_norm_epsilon=config.norm_epsilon,
-        attn_pdrop=config.attention_dropout,
-        resid_pdrop=config.hidden_dropout,
-        embd_pdrop=config.hidden_dropout,
-        **common,
-    )
-
-
-def _norm_module(layer: int, kind: ProjectionKind) -> str:
-    """The dense model's norm in front of qkv or fc1."""
-    return f"decoder.layers.{layer}." + {"qkv": "input_layernorm.", "fc1": "pre_mlp_layernorm."}[kind]
-
-
-def _dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Full shapes of the dense model's own tensors."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    vectors = {f"{projection.name}.bias": (projection.out_features,) for projection in projections(config)}
-    matrices = {
-        "embedding.word_embeddings.weight": (config.padded_vocabulary, config.hidden),
-        "embedding.position_embeddings.weight": (config.sequence_length, config.hidden),
-        "output_layer.weight": (config.padded_vocabulary, config.hidden),
-        **{f"{p.name}.weight": (p.out_features, p.in_features) for p in projections(config)},
-    }
-    for row in correspondences(config):
-        shapes[row.ours] = matrices.get(row.ours) or vectors.get(row.ours) or (config.hidden,)
-    return shapes
 
 
 # Layouts.
 
 
-def _same(config: ModelConfig, tensor: Tensor) -> tuple[Tensor, ...]:
-    return (tensor,)
-
-
-def _transposed(config: ModelConfig, weight: Tensor) -> tuple[Tensor, ...]:
-    """GPT-2's Conv1D keeps `(in, out)`."""
-    return (weight.t(),)
-
-
-def _real_vocabulary(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
+def _real_rows(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
     return (rows[: config.vocabulary],)
 
 
-def _gate_and_up(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.chunk(2)
+def _padded_rows(config: ModelConfig, theirs: tuple[Tensor, ...]) -> Tensor:
+    """With zeros for the rows that only pad the vocabulary."""
+    return nn.functional.pad(theirs[0], (0, 0, 0, config.padded_vocabulary - config.vocabulary))
 
 
 def _queries_keys_values(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
@@ -198,13 +121,40 @@ def _queries_keys_values(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...
     return tuple(part.flatten(0, 2) for part in grouped.split([per_group, 1, 1], dim=1))
 
 
-def _stacked_queries_keys_values(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
-    """q over k over v; a weight is transposed as well."""
-    stacked = torch.cat(_queries_keys_values(config, rows))
-    return (stacked.t() if stacked.dim() == 2 else stacked,)
+def _interleaved(config: ModelConfig, theirs: tuple[Tensor, ...]) -> Tensor:
+    """The inverse of `_queries_keys_values`."""
+    counts = (config.heads // config.groups, 1, 1)
+    parts = [
+        part.unflatten(0, (config.groups, count, config.head_size)) for part, count in zip(theirs, counts, strict=True)
+    ]
+    return torch.cat(parts, dim=1).flatten(0, 2)
 
+
+def _stacked(config: ModelConfig, rows: Tensor) -> Tensor:
+    """q over k over v."""
+    return torch.cat(_queries_keys_values(config, rows))
+
+
+def _unstacked(config: ModelConfig, rows: Tensor) -> Tensor:
+    """The inverse of `_stacked`, where there are as many keys as queries."""
+    return _interleaved(config, rows.chunk(3))
+
+
+_SAME = Layout(lambda config, tensor: (tensor,), lambda config, theirs: theirs[0])
+# GPT-2's Conv1D keeps `(in, out)`.
+_TRANSPOSED = Layout(lambda config, weight: (weight.t(),), lambda config, theirs: theirs[0].t())
+_VOCABULARY = Layout(_real_rows, _padded_rows)
+_GATE_OVER_UP = Layout(lambda config, rows: rows.chunk(2), lambda config, theirs: torch.cat(theirs))
+_QUERIES_KEYS_VALUES = Layout(_queries_keys_values, _interleaved)
+_STACKED = Layout(lambda config, rows: (_stacked(config, rows),), lambda config, theirs: _unstacked(config, theirs[0]))
+_STACKED_TRANSPOSED = Layout(
+    lambda config, rows: (_stacked(config, rows).t(),), lambda config, theirs: _unstacked(config, theirs[0].t())
+)
 
 # Names.
+
+OUTPUT_LAYER = "lm_head.weight"
+WORD_EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +171,7 @@ class _Names:
 
 
 _LLAMA = _Names(
-    words="model.embed_tokens.weight",
+    words=WORD_EMBEDDINGS["llama"],
     positions=None,
     layer="model.layers.{}.",
     norms={"qkv": "input_layernorm.", "fc1": "post_attention_layernorm."},
@@ -232,29 +182,29 @@ _LLAMA = _Names(
         "fc2": ("mlp.down_proj",),
     },
     layouts={
-        ("qkv", "weight"): _queries_keys_values,
-        ("proj", "weight"): _same,
-        ("fc1", "weight"): _gate_and_up,
-        ("fc2", "weight"): _same,
+        ("qkv", "weight"): _QUERIES_KEYS_VALUES,
+        ("proj", "weight"): _SAME,
+        ("fc1", "weight"): _GATE_OVER_UP,
+        ("fc2", "weight"): _SAME,
     },
     final_norm="model.norm.",
 )
 
 _GPT2 = _Names(
-    words="transformer.wte.weight",
+    words=WORD_EMBEDDINGS["gpt2"],
     positions="transformer.wpe.weight",
     layer="transformer.h.{}.",
     norms={"qkv": "ln_1.", "fc1": "ln_2."},
     modules={"qkv": ("attn.c_attn",), "proj": ("attn.c_proj",), "fc1": ("mlp.c_fc",), "fc2": ("mlp.c_proj",)},
     layouts={
-        ("qkv", "weight"): _stacked_queries_keys_values,
-        ("qkv", "bias"): _stacked_queries_keys_values,
-        ("proj", "weight"): _transposed,
-        ("proj", "bias"): _same,
-        ("fc1", "weight"): _transposed,
-        ("fc1", "bias"): _same,
-        ("fc2", "weight"): _transposed,
-        ("fc2", "bias"): _same,
+        ("qkv", "weight"): _STACKED_TRANSPOSED,
+        ("qkv", "bias"): _STACKED,
+        ("proj", "weight"): _TRANSPOSED,
+        ("proj", "bias"): _SAME,
+        ("fc1", "weight"): _TRANSPOSED,
+        ("fc1", "bias"): _SAME,
+        ("fc2", "weight"): _TRANSPOSED,
+        ("fc2", "bias"): _SAME,
     },
     final_norm="transformer.ln_f.",
 )

@@ -7,6 +7,9 @@ Factors start as the truncated SVD of a dense draw W ~ N(0, s²), split by squar
 initialization, Khodak et al., arXiv 2105.01029). No SVD is needed for it: the singular vectors of a Gaussian matrix are
 uniform (QR of Gaussian draws), and its singular values follow the law of Marchenko and Pastur, so Σ holds its upper
 quantiles.
+
+In an additive layer, W0 + B A, W0 is the dense model's own draw, B starts at zero and A with orthonormal rows: the
+first function is the dense model's, and the first gradient of B is that of W along the rows of A.
 """
 
 import hashlib
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, Projection
+from model.config import ModelConfig, Projection, projections
 
 _GRID = 8192
 
@@ -58,6 +61,10 @@ def residual_scale(config: ModelConfig) -> float:
 
 def initial_factor(config: ModelConfig, projection: Projection, side: str, rank: int, seed: int) -> Tensor:
     """Full `A (rank, in)` or `B (out, rank)` of a projection at its initial rank; `side` is "A" or "B"."""
+    if projection.additive:
+        if side == "B":
+            return torch.zeros(projection.out_features, rank)
+        return orthonormal_columns(projection.in_features, rank, generator_for(seed, f"{projection.name}.A")).t()
     std = config.initial_std * (residual_scale(config) if projection.residual else 1.0)
     roots = gaussian_singular_values(projection.out_features, projection.in_features, rank, std).sqrt()
     generator = generator_for(seed, f"{projection.name}.{side}")
@@ -69,6 +76,20 @@ def initial_factor(config: ModelConfig, projection: Projection, side: str, rank:
 def initial_dense(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """Full Gaussian draw of a dense weight, an embedding or a position table."""
     return torch.randn(shape, generator=generator_for(seed, name)) * std
+
+
+def initial_tensor(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The full tensor that parameter `name` starts from; the rank of a factor is read from its `shape`."""
+    module, _, leaf = name.rpartition(".")
+    owner = next((projection for projection in projections(config) if projection.name == module), None)
+    if owner is not None and leaf in ("A", "B"):
+        return initial_factor(config, owner, leaf, shape[0 if leaf == "A" else 1], seed)
+    if leaf.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    scale = residual_scale(config) if owner is not None and owner.residual else 1.0
+    return initial_dense(name, shape, config.initial_std * scale, seed)
 
 
 def new_directions(name: str, step: int, count: int, size: int, norm: float, seed: int) -> Tensor:

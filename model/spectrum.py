@@ -2,18 +2,22 @@
 
     s² = eig(G_A^½ G_B G_A^½),     G_A = A Aᵀ,  G_B = Bᵀ B
 
-A is split along its columns and B along its rows, so both Grams are sums of local ones: one all-reduce of 2·rank²
-numbers gives every process the singular values without forming B·A. They are accumulated in fp64, for squaring halves
-the digits, and taken apart by `eigh`, for they are only semi-definite: fresh columns of B are zero.
+A is split along its columns and B along its rows, so both Grams are sums of local ones (but for the factor of an
+additive layer that every process holds whole): one all-reduce of 2·rank² numbers gives every process the singular
+values without forming B·A. They are accumulated in fp64, for squaring halves the digits, and taken apart by `eigh`, for
+they are only semi-definite: fresh columns of B are zero.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.factor_algebra import is_sharded, summed, symmetric_root
 from model.process_groups import tensor_group, tensor_size
+from model.sharding import TensorLayout
 
 
 @dataclass(frozen=True)
@@ -25,29 +29,55 @@ class Grams:
 
 
 def grams(A: Tensor, B: Tensor) -> Grams:
-    """Gram matrices of the full factors from the shards `A (rank, in/tp)` and `B (out/tp, rank)`; a collective."""
-    local_A, local_B = A.detach().double(), B.detach().double()
-    both = torch.stack([local_A @ local_A.t(), local_B.t() @ local_B])
-    if tensor_size() > 1:
-        dist.all_reduce(both, group=tensor_group())
-    return Grams(both[0], both[1])
+    """Gram matrices of the full factors from parameters `A (rank, in/tp)` and `B (out/tp, rank)`, or whichever of them
+    is whole on every process; a collective."""
+    return _grams(A.detach().double(), B.detach().double(), is_sharded(A), is_sharded(B))
 
 
-def _root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0.0).sqrt() @ vectors.t()
+def update_grams(A: Tensor, B: Tensor, initial_A: Tensor, initial_B: Tensor) -> Grams:
+    """Grams of `[A; A₀]` and `[B, -B₀]`, whose product is the cumulative update B·A - B₀·A₀; a collective."""
+    stacked_A = torch.cat([A.detach().double(), initial_A.to(A.device).double()])
+    stacked_B = torch.cat([B.detach().double(), -initial_B.to(B.device).double()], dim=1)
+    return _grams(stacked_A, stacked_B, is_sharded(A), is_sharded(B))
+
+
+def _grams(A: Tensor, B: Tensor, sharded_A: bool, sharded_B: bool) -> Grams:
+    of_A, of_B = A @ A.t(), B.t() @ B
+    if sharded_A and sharded_B:
+        of_A, of_B = summed(torch.stack([of_A, of_B]), True)
+        return Grams(of_A, of_B)
+    return Grams(summed(of_A, sharded_A), summed(of_B, sharded_B))
 
 
 def singular_values(product: Grams) -> Tensor:
     """All `(rank,)` singular values of B·A, largest first, in fp64."""
-    root = _root(product.of_A)
+    root = symmetric_root(product.of_A)
     return torch.linalg.eigvalsh(root @ product.of_B @ root).clamp_min(0.0).sqrt().flip(0)
 
 
 def row_norm(A: Tensor) -> float:
-    """Root mean square of the norms of the full A's rows, from `A (rank, in/tp)`: the size of a new row; a
-    collective."""
-    square = A.detach().double().square().sum()
-    if tensor_size() > 1:
-        dist.all_reduce(square, group=tensor_group())
+    """Root mean square of the norms of the full A's rows, from the parameter `A (rank, in/tp)`: the size of a new row;
+    a collective."""
+    square = summed(A.detach().double().square().sum(), is_sharded(A))
     return float((square / A.shape[0]).sqrt())
+
+
+def gram_singular_values(gram: Tensor) -> Tensor:
+    """Singular values of a matrix from its `(n, n)` Gram in fp64, largest first; NaN where the Gram is not finite."""
+    if not gram.isfinite().all():
+        return gram.new_full((gram.shape[0],), math.nan)
+    return torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().flip(0)
+
+
+def matrix_singular_values(shard: Tensor, layout: TensorLayout) -> Tensor:
+    """All `(min(out, in),)` singular values of a matrix from its shards, largest first, in fp64; a collective.
+
+    The Gram over the dimension that is not split (hidden, for the layers of a transformer) is a sum of local ones and
+    all that travels: no process ever holds the matrix.
+    """
+    local = shard.detach().double()
+    split = 0 if layout.dim is None else layout.dim
+    gram = local.t() @ local if split == 0 else local @ local.t()
+    if layout.dim is not None and tensor_size() > 1:
+        dist.all_reduce(gram, group=tensor_group())
+    return gram_singular_values(gram)[: min(layout.full_shape)]

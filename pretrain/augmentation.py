@@ -2,34 +2,51 @@
 
 ZeRO flattens parameters into partitions when an engine is built, and no shape can change under it. So an event is:
 
-    measure → decide (process 0) → agree → stash masters and moments → tear the engine down → grow the factors →
+    measure → decide (process 0) → agree → stash masters and moments → tear the engine down → change the factors →
     build a new engine → put masters and moments back, one parameter at a time → verify → go on
 
-Growth preserves the function: a new row of A is a random direction orthogonal to the other new ones, as long as the
-rows A has, and the new column of B is zero. Moments of new entries are zero, Adam's step count is kept.
+Growth preserves the function: new rows of A are orthogonal to each other, as long as the rows A has, along the measured
+gradient or random, and new columns of B are zero. Moments of new entries are zero, Adam's step count is kept.
+
+A rank shrinks in the balanced basis of `model/factor_algebra.py`, B' = B T and A' = T⁻¹ A, by cutting the directions
+with the smallest singular values. First moments are gradients' averages and follow exactly,
+
+    m_B' = m_B T⁻ᵀ,    m_A' = Tᵀ m_A,
+
+while second moments go as if entries were independent, v_B' = v_B (T⁻ᵀ)∘² and v_A' = (Tᵀ)∘² v_A.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from model.config import factored_projections
-from model.gpt import EspalierModel
+from model.factor_algebra import BasisChange, balanced_basis, is_sharded, outside
+from model.gpt import EspalierModel, LayerWithFactors
 from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
-from model.spectrum import grams, row_norm, singular_values
+from model.spectrum import grams, row_norm, singular_values, update_grams
 from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import NumericalError
 from pretrain.optimizer_state import gather, optimizer_state, stash
-from pretrain.policies import LayerMeasurement, Policy, RankConfig, limit_growth
+from pretrain.policies import (
+    LayerMeasurement,
+    Policy,
+    RankConfig,
+    factor_parameters,
+    limit_growth,
+    truncated_ranks,
+)
+from pretrain.probe import Demand
 
 # How far logits of the fixed batch may move, relative to the largest: products with zero columns change the order of
 # summation at most, and what that does depends on the precision.
@@ -37,8 +54,18 @@ _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e
 
 
 @dataclass(frozen=True)
+class RankMeasurement:
+    """What a policy asked for, by `Projection.name`; what it did not need is empty."""
+
+    product: Mapping[str, Tensor] = field(default_factory=dict)
+    update: Mapping[str, Tensor] = field(default_factory=dict)
+    demand: Mapping[str, Demand] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class GrowthPlan:
-    """What an event does: new ranks and the norm of new rows, by `Projection.name`; layers that stay are left out."""
+    """What an event does: new ranks, and the norm of new rows where they grow, by `Projection.name`; layers that stay
+    are left out."""
 
     step: int
     ranks: dict[str, int]
@@ -47,7 +74,7 @@ class GrowthPlan:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """What an event did: ranks of the layers that grew, and how long training stood still."""
+    """What an event did: ranks of the layers that changed, and how long training stood still."""
 
     step: int
     before: dict[str, int]
@@ -61,30 +88,64 @@ def measure_spectra(model: EspalierModel) -> dict[str, Tensor]:
     return {name: singular_values(grams(layer.A, layer.B)).cpu() for name, layer in model.factored_layers().items()}
 
 
-def layer_measurements(model: EspalierModel, spectra: Mapping[str, Tensor]) -> list[LayerMeasurement]:
-    """What policies are given; without a spectrum a layer has an empty one."""
+@torch.no_grad()
+def measure_updates(model: EspalierModel, initial: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Singular values of every layer's cumulative update B·A - B₀·A₀, largest first; `initial` holds this process's A₀
+    and B₀ of the layers that did not start at a zero product. A collective over the tensor-parallel group."""
+    values = {}
+    for name, layer in model.factored_layers().items():
+        both = update_grams(layer.A, layer.B, *initial[name]) if name in initial else grams(layer.A, layer.B)
+        values[name] = singular_values(both).cpu()
+    return values
+
+
+def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[LayerMeasurement]:
+    """What policies are given."""
     ranks = model.ranks()
     return [
-        LayerMeasurement(p, ranks[p.name], spectra.get(p.name, torch.empty(0)).numpy())
-        for p in factored_projections(model.model_config)
+        LayerMeasurement(
+            projection,
+            ranks[projection.name],
+            singular_values=measured.product.get(projection.name, torch.empty(0)).numpy(),
+            update_values=measured.update.get(projection.name, torch.empty(0)).numpy(),
+            demand=measured.demand[projection.name].energies.cpu().numpy() if measured.demand else np.empty(0),
+        )
+        for projection in factored_projections(model.model_config)
     ]
 
 
 def plan_growth(
-    model: EspalierModel, policy: Policy, rank: RankConfig, step: int, spectra: Mapping[str, Tensor]
+    model: EspalierModel,
+    policy: Policy,
+    rank: RankConfig,
+    step: int,
+    measured: RankMeasurement,
+    affordable: int | None = None,
 ) -> GrowthPlan | None:
-    """Process 0's decision from the reduced `spectra` (empty if the policy needs none), the same for all; a
-    collective."""
-    layers = layer_measurements(model, spectra)
-    decision = [limit_growth(policy.targets(step, layers), layers, rank, step) if dist.get_rank() == 0 else None]
+    """Process 0's decision from the reduced measurements, the same for all; a collective.
+
+    `affordable`: parameters that all factored layers together may have after the event; None: any number.
+    """
+    layers = layer_measurements(model, measured)
+    decision = [_decide(policy, rank, step, layers, affordable) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(decision, src=0)
     ranks = decision[0]
     if not ranks:
         return None
-    factors = model.factored_layers()
-    norms = [{name: row_norm(factors[name].A) for name in ranks}]
+    factors, present = model.factored_layers(), model.ranks()
+    norms = [{name: row_norm(factors[name].A) for name in ranks if ranks[name] > present[name]}]
     dist.broadcast_object_list(norms, src=0)
     return GrowthPlan(step, ranks, norms[0])
+
+
+def _decide(
+    policy: Policy, rank: RankConfig, step: int, layers: Sequence[LayerMeasurement], affordable: int | None
+) -> dict[str, int]:
+    lower = truncated_ranks(layers, rank)
+    room = None if affordable is None else affordable - factor_parameters(layers, lower)
+    targets = policy.targets(step, layers, room)
+    grown = limit_growth(targets, layers, rank, step, room)
+    return {name: new_rank for name, new_rank in lower.items() if name not in grown} | grown
 
 
 def augment(
@@ -93,8 +154,11 @@ def augment(
     *,
     rebuild: Callable[[EspalierModel], DeepSpeedEngine],
     seed: int,
+    directions: Mapping[str, Tensor] | None = None,
 ) -> tuple[DeepSpeedEngine, GrowthRecord]:
     """Carries a plan out and returns the new engine; `engine` is gone afterwards. All processes call it together.
+
+    `directions`: orthonormal `(any, in/tp)` rows by layer that come first among the new rows of A.
 
     Raises NumericalError when the logits are not finite before it, RuntimeError when processes disagree about the plan,
     or when the logits are not what they were.
@@ -107,19 +171,22 @@ def augment(
     _refuse_non_finite(expected, plan.step)
     state = optimizer_state(engine)
     kept, counters = stash(state), state.counters()
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.trained_parameters().items()}
     del state
+    changes = _factor_changes(model, plan, directions or {}, seed)
     tear_down(engine)
-    for name, new_rank in plan.ranks.items():
-        _grow_layer(model, name, new_rank, plan, seed)
+    for name, change in changes.items():
+        layer = model.factored_layers()[name]
+        layer.set_factors(change.of_A(layer.A.detach(), "master"), change.of_B(layer.B.detach(), "master"))
     engine = rebuild(model)
     state = optimizer_state(engine)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.trained_parameters().items():
         shard = gather(kept.pop(name, []), shapes[name], parameter.device)
-        state.load(name, _extended(name, shard, plan, seed))
+        state.load(name, _changed_states(name, shard, changes))
     state.finish_loading()
     state.load_counters(counters)
-    _check_logits(expected, _fixed_batch_logits(engine))
+    if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
+        _check_logits(expected, _fixed_batch_logits(engine))
     release_free_memory()
     changed = {name: before[name] for name in plan.ranks}
     return engine, GrowthRecord(plan.step, changed, plan.ranks, time.perf_counter() - start)
@@ -133,33 +200,82 @@ def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:
         raise RuntimeError(f"processes disagree about the growth at step {plan.step}: {digests}")
 
 
-def _new_rows(name: str, count: int, plan: GrowthPlan, width: int, seed: int) -> Tensor:
-    """This process's columns of the new rows of A, `(count, in/tp)`."""
-    full = new_directions(name, plan.step, count, width * tensor_size(), plan.row_norms[name], seed)
-    return TensorLayout(tuple(full.shape), dim=1).shard(full, tensor_index(), tensor_size())
+class _Growth:
+    """Appends rows to A and zero columns to B."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def of_A(self, tensor: Tensor, key: str) -> Tensor:
+        """`tensor (rank, in/tp)`: A itself or its state `key`."""
+        new = self._rows.to(tensor) if key == "master" else tensor.new_zeros(self._rows.shape)
+        return torch.cat([tensor, new])
+
+    def of_B(self, tensor: Tensor, key: str) -> Tensor:
+        """`tensor (out/tp, rank)`: B itself or its state `key`."""
+        return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], len(self._rows))], dim=1)
 
 
-def _grow_layer(model: EspalierModel, name: str, new_rank: int, plan: GrowthPlan, seed: int) -> None:
-    layer = model.factored_layers()[name]
-    A, B = layer.A.detach(), layer.B.detach()
-    added = new_rank - layer.rank
-    rows = _new_rows(name, added, plan, A.shape[1], seed).to(A)
-    layer.set_factors(torch.cat([A, rows]), torch.cat([B, B.new_zeros(B.shape[0], added)], dim=1))
+class _Truncation:
+    """Turns both factors into the balanced basis and keeps its first directions."""
+
+    def __init__(self, basis: BasisChange) -> None:
+        forward, inverse = basis.forward, basis.inverse
+        self._of_A = {"master": inverse, "exp_avg": forward.t(), "exp_avg_sq": forward.t().square()}
+        self._of_B = {"master": forward, "exp_avg": inverse.t(), "exp_avg_sq": inverse.t().square()}
+
+    def of_A(self, tensor: Tensor, key: str) -> Tensor:
+        """`tensor (rank, in/tp)`: A itself or its state `key`."""
+        return (self._of_A[key] @ tensor.double()).to(tensor)
+
+    def of_B(self, tensor: Tensor, key: str) -> Tensor:
+        """`tensor (out/tp, rank)`: B itself or its state `key`."""
+        return (tensor.double() @ self._of_B[key]).to(tensor)
 
 
-def _extended(parameter: str, shard: dict[str, Tensor], plan: GrowthPlan, seed: int) -> dict[str, Tensor]:
-    """The states of one parameter at its new size: new rows in A's master, zeros everywhere else."""
+@torch.no_grad()
+def _factor_changes(
+    model: EspalierModel, plan: GrowthPlan, directions: Mapping[str, Tensor], seed: int
+) -> dict[str, _Growth | _Truncation]:
+    """What happens to each layer, by name; a collective."""
+    changes: dict[str, _Growth | _Truncation] = {}
+    for name, layer in model.factored_layers().items():
+        new_rank = plan.ranks.get(name, layer.rank)
+        if name in plan.row_norms:
+            changes[name] = _Growth(_new_rows(name, layer, new_rank - layer.rank, plan, directions.get(name), seed))
+        elif new_rank < layer.rank:
+            both = grams(layer.A, layer.B)
+            basis = balanced_basis(both.of_A, both.of_B, new_rank)
+            for matrix in (basis.forward, basis.inverse):  # the same to the last bit on every process
+                dist.broadcast(matrix, src=0)
+            changes[name] = _Truncation(basis)
+    return changes
+
+
+def _new_rows(
+    name: str, layer: LayerWithFactors, count: int, plan: GrowthPlan, directed: Tensor | None, seed: int
+) -> Tensor:
+    """This process's columns of the new rows of A, `(count, in/tp)`: the directed ones first."""
+    norm, sharded = plan.row_norms[name], is_sharded(layer.A)
+    full = new_directions(name, plan.step, count, layer.input_size, norm, seed)
+    layout = TensorLayout(tuple(full.shape), dim=1 if sharded else None)
+    random = layout.shard(full, tensor_index(), tensor_size()).to(layer.A.device)
+    if directed is None or not len(directed):
+        return random
+    first = directed[:count].to(random)
+    rest = outside(random[len(first) :].t(), first.t(), sharded).t().to(random)
+    return torch.cat([norm * first, rest])
+
+
+def _changed_states(
+    parameter: str, shard: dict[str, Tensor], changes: Mapping[str, _Growth | _Truncation]
+) -> dict[str, Tensor]:
+    """The states of one parameter after the event."""
     name, _, side = parameter.rpartition(".")
-    if name not in plan.ranks or side not in ("A", "B"):
+    if name not in changes or side not in ("A", "B"):
         return shard
-    dim = 0 if side == "A" else 1
-    master = shard["master"]
-    added = plan.ranks[name] - master.shape[dim]
-    size = (added, master.shape[1]) if side == "A" else (master.shape[0], added)
-    new = {key: values.new_zeros(size) for key, values in shard.items()}
-    if side == "A":
-        new["master"] = _new_rows(name, added, plan, master.shape[1], seed).to(master)
-    return {key: torch.cat([shard[key], new[key]], dim=dim) for key in shard}
+    change = changes[name]
+    return {key: change.of_A(values, key) if side == "A" else change.of_B(values, key) for key, values in shard.items()}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -30,7 +30,7 @@ from pretrain.errors import CheckpointError
 
 FORMAT_VERSION = 1
 KEYS = ("master", "exp_avg", "exp_avg_sq")
-"""What is kept of every parameter: the fp32 master and Adam's two moments."""
+"""What is kept of every parameter: the fp32 master and Adam's two moments; of a frozen one the master alone."""
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
@@ -46,7 +46,8 @@ FP32_BYTES = 4
 @dataclass(frozen=True)
 class Fragment:
     """Numbers [start, start + len(values)) of parameter `name` in the writing process's flattened tensor-parallel
-    shard; `values (length,)` is fp32 and may be a view of a larger tensor, on any device."""
+    shard; `values (length,)` is fp32, or 16-bit and stored as fp32, and may be a view of a larger tensor, on any
+    device."""
 
     name: str
     key: str
@@ -100,11 +101,12 @@ class ShardRecord(FileRecord):
 
 
 class ParameterRecord(_Record):
-    """`TensorLayout` of one parameter."""
+    """`TensorLayout` of one parameter, and whether it is frozen: then it has no moments."""
 
     shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=8)
     dim: int | None = Field(ge=0)
     stride: int = Field(ge=1)
+    frozen: bool = False
 
     @property
     def layout(self) -> TensorLayout:
@@ -125,6 +127,11 @@ class Manifest(_Record):
     @property
     def layouts(self) -> dict[str, TensorLayout]:
         return {name: record.layout for name, record in self.parameters.items()}
+
+    @property
+    def frozen(self) -> set[str]:
+        """Parameters that are kept without moments."""
+        return {name for name, record in self.parameters.items() if record.frozen}
 
     @property
     def files(self) -> list[FileRecord]:
@@ -174,6 +181,7 @@ def decode_manifest(data: bytes) -> Manifest:
             for shard in manifest.shards
             for piece in shard.fragments
         ),
+        manifest.frozen,
     )
     for shard in manifest.shards:
         needed = FP32_BYTES * sum(piece.length for piece in shard.fragments)
@@ -221,12 +229,15 @@ def decode_json(data: bytes) -> dict[str, Any]:
 
 
 def check_coverage(
-    layouts: Mapping[str, TensorLayout], tensor_size: int, pieces: Iterable[tuple[int, str, str, int, int]]
+    layouts: Mapping[str, TensorLayout],
+    tensor_size: int,
+    pieces: Iterable[tuple[int, str, str, int, int]],
+    frozen: Collection[str] = (),
 ) -> None:
     """`pieces` (tensor index, parameter, key, start, length) tile every parameter: no gap, no overlap, nothing else.
 
-    A replicated parameter is kept once, under tensor index 0. Nothing is allocated here, and the work is bounded by
-    the number of pieces, whatever shapes are claimed.
+    A replicated parameter is kept once, under tensor index 0, a `frozen` one without moments. Nothing is allocated
+    here, and the work is bounded by the number of pieces, whatever shapes are claimed.
     """
     spans: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
     for index, name, key, start, length in pieces:
@@ -242,7 +253,7 @@ def check_coverage(
                 )
         size = math.prod(layout.shard_shape(tensor_size))
         for index in range(1 if layout.dim is None else tensor_size):
-            for key in KEYS:
+            for key in ("master",) if name in frozen else KEYS:
                 position = 0
                 for start, length in sorted(spans.pop((name, key, index), [])):
                     if start != position:

@@ -104,7 +104,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.layouts = self.manifest.layouts
+        self.layouts, self.frozen = self.manifest.layouts, self.manifest.frozen
         self._pieces: dict[tuple[str, str, int], list[tuple[ShardRecord, int, int]]] = {}
         for shard in self.manifest.shards:
             for piece in shard.fragments:
@@ -127,9 +127,14 @@ class CheckpointReader:
         """Tensor-parallel processes of the run that wrote it."""
         return self.manifest.tensor_size
 
+    @property
+    def extra_files(self) -> set[str]:
+        """Names of the files that were given to the writer as they are."""
+        return {record.file for record in self.manifest.extra_files}
+
     def extra_file(self, name: str) -> Path:
         """Path of a file that was given to the writer as it is, such as `tokenizer.model`."""
-        if name not in {record.file for record in self.manifest.extra_files}:
+        if name not in self.extra_files:
             raise CheckpointError(f"{self.folder} holds no {name}")
         return self.folder / name
 
@@ -179,6 +184,8 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} holds no parameter {name}")
         if key not in KEYS:
             raise ValueError(f"{key!r} is none of {KEYS}")
+        if key != "master" and name in self.frozen:
+            raise CheckpointError(f"{self.folder} holds no {key} of {name}, which was frozen")
         return self.layouts[name]
 
     def _handle(self, shard: ShardRecord) -> Any:

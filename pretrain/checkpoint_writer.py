@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -81,10 +81,12 @@ def write_checkpoint(
     tensor_size: int,
     keep: int,
     extra_files: Mapping[str, Path],
+    frozen: Collection[str] = (),
 ) -> Path:
     """Commits one checkpoint in `root` and returns its folder; called by all processes, each with its own fragments.
 
-    `fragments` is read once, after the staging folder is there. Of replicated parameters those of tensor index 0 count.
+    `fragments` is read once, after the staging folder is there. Of replicated parameters those of tensor index 0 count;
+    parameters named in `frozen` have a master alone.
     `state` and `extra_files` (name in the checkpoint: source) are taken from process 0. Afterwards `root` holds the new
     checkpoint and at most `keep` - 1 valid earlier ones; later steps, which belong to a history that the run has left,
     are removed like surplus ones. A `CheckpointError` is the same on all processes and leaves what was there.
@@ -102,8 +104,8 @@ def write_checkpoint(
                     f"the processes disagree on (step, tensor-parallel size, parameters): {sorted(set(facts))}"
                 )
             if first:
-                _manifest(step, tensor_size, layouts, state, [], [])
-                _prepare(root, staging, layouts, extra_files)
+                _manifest(step, tensor_size, layouts, frozen, state, [], [])
+                _prepare(root, staging, layouts, frozen, extra_files)
         with _vote(outcome, staging):
             shard = _write_shard(staging, fragments, layouts, tensor_index)
         shards = _gather_to_first(shard)
@@ -111,7 +113,8 @@ def write_checkpoint(
             if first:
                 extra = [_copy(source, staging / name) for name, source in extra_files.items()]
                 written = [record for record in shards if record is not None]
-                write_blocks(staging / MANIFEST_NAME, [_manifest(step, tensor_size, layouts, state, written, extra)])
+                manifest = _manifest(step, tensor_size, layouts, frozen, state, written, extra)
+                write_blocks(staging / MANIFEST_NAME, [manifest])
                 read_manifest(staging)  # what the reader would refuse is not committed
                 _commit(staging, target)
     except CheckpointError:
@@ -194,6 +197,7 @@ def _manifest(
     step: int,
     tensor_size: int,
     layouts: Mapping[str, TensorLayout],
+    frozen: Collection[str],
     state: dict[str, Any],
     shards: list[ShardRecord],
     extra_files: list[FileRecord],
@@ -205,7 +209,9 @@ def _manifest(
             step=step,
             tensor_size=tensor_size,
             parameters={
-                name: ParameterRecord(shape=list(layout.full_shape), dim=layout.dim, stride=layout.stride)
+                name: ParameterRecord(
+                    shape=list(layout.full_shape), dim=layout.dim, stride=layout.stride, frozen=name in frozen
+                )
                 for name, layout in layouts.items()
             },
             shards=shards,
@@ -217,7 +223,13 @@ def _manifest(
     return encode_manifest(manifest)
 
 
-def _prepare(root: Path, staging: Path, layouts: Mapping[str, TensorLayout], extra_files: Mapping[str, Path]) -> None:
+def _prepare(
+    root: Path,
+    staging: Path,
+    layouts: Mapping[str, TensorLayout],
+    frozen: Collection[str],
+    extra_files: Mapping[str, Path],
+) -> None:
     """Clears leftovers, looks for enough room, and makes the staging folder."""
     for name in extra_files:
         if not re.fullmatch(FILE_PATTERN, name):
@@ -232,8 +244,8 @@ def _prepare(root: Path, staging: Path, layouts: Mapping[str, TensorLayout], ext
                 _remove(path)
             else:
                 os.rename(path, root / match[1])
-    numbers = sum(prod(layout.full_shape) for layout in layouts.values())
-    needed_bytes = len(KEYS) * FP32_BYTES * numbers + SPACE_MARGIN_BYTES
+    numbers = sum(prod(layout.full_shape) * (1 if name in frozen else len(KEYS)) for name, layout in layouts.items())
+    needed_bytes = FP32_BYTES * numbers + SPACE_MARGIN_BYTES
     needed_bytes += sum(source.stat().st_size for source in extra_files.values())
     free_bytes = shutil.disk_usage(root).free
     if free_bytes < needed_bytes:
@@ -259,7 +271,7 @@ def _write_shard(
         values = fragment.values
         if fragment.name not in layouts or fragment.key not in KEYS:
             raise ValueError(f"the fragment {name} belongs to nothing that the checkpoint keeps")
-        if values.dim() != 1 or values.dtype != torch.float32:
+        if values.dim() != 1 or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the fragment {name} is {values.dtype} {tuple(values.shape)} and not 1-D float32")
         if len(values) == 0 or (tensor_index > 0 and layouts[fragment.name].dim is None):
             continue
@@ -275,7 +287,8 @@ def _write_shard(
         return None
     file = shard_name(tensor_index, _process())
     shapes = {name: tuple(values.shape) for name, values in tensors.items()}
-    size, checksum = write_tensors(staging / file, shapes, tensors.values())
+    # One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model.
+    size, checksum = write_tensors(staging / file, shapes, (values.float() for values in tensors.values()))
     return ShardRecord(file=file, bytes=size, checksum=checksum, tensor_index=tensor_index, fragments=records)
 
 

@@ -39,8 +39,14 @@ class ParallelConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Length of the run, batches, precision, and when to report."""
+    """Objective, length of the run, batches, precision, and when to report."""
 
+    objective: Literal["causal", "mlm"] = Field(
+        "causal", description="predict the next token, or (mlm) hidden tokens from both sides"
+    )
+    mask_probability: float | None = Field(
+        None, gt=0.0, lt=1.0, description="share of the tokens that mlm hides; none: 0.15"
+    )
     steps: int = Field(1000, ge=1, description="optimizer steps of the run")
     micro_batch: int = Field(8, ge=1, description="sequences per data-parallel process and micro-step")
     global_batch: int = Field(32, ge=1, description="sequences per step over all processes")
@@ -55,12 +61,24 @@ class TrainConfig(_Section):
     validation_sequences: int = Field(64, ge=0, description="sequences per validation over all processes; 0: none")
     log_every: int = Field(10, ge=1, description="steps between two log lines")
 
+    @model_validator(mode="after")
+    def _masks_belong_to_mlm(self) -> "TrainConfig":
+        if self.mask_probability is not None and self.objective != "mlm":
+            raise ValueError(
+                f"train.mask_probability is {self.mask_probability}, and train.objective {self.objective} hides "
+                "nothing: leave train.mask_probability out or set train.objective=mlm"
+            )
+        return self
+
 
 class CheckpointConfig(_Section):
     """When checkpoints are written, and how many stay."""
 
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="checkpoints that stay")
+    start_from: str | None = Field(
+        None, min_length=1, description="consolidated folder whose weights a new run starts from; none: from the seed"
+    )
 
 
 class DeepSpeedConfig(_Section):
@@ -109,6 +127,18 @@ class RunConfig(_Section):
                 "set deepspeed.stage=1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _objective_decides_attention(self) -> "RunConfig":
+        masked = self.train.objective == "mlm"
+        if self.model.bidirectional and not masked:
+            raise ValueError(
+                "model.bidirectional is true, and train.objective causal predicts tokens that such a model sees: "
+                "set train.objective=mlm or leave model.bidirectional out"
+            )
+        if masked == self.model.bidirectional:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"bidirectional": True})})
 
     def layout(self, processes: int) -> Layout:
         """The split over `processes` processes, or a ConfigError that shows what does not divide."""
@@ -162,21 +192,26 @@ def print_config(config: RunConfig) -> None:
 
 
 def check_same_architecture(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """ConfigError if a checkpoint's model section (`state["model"]`) is another model than that of `config`.
-
-    Dropout and the initial scale may change, a vocabulary that is still to be read from the tokenizer is not
-    compared, and ranks are the checkpoint's own.
-    """
-    present = config.model.model_dump()
-    free = {"attention_dropout", "hidden_dropout", "initial_std"}
-    if config.model.vocabulary == 0:
-        free.add("vocabulary")
-    differing = [
-        f"model.{key} is {saved.get(key, 'absent')} there and {present.get(key, 'absent')} here"
-        for key in sorted((saved.keys() | present.keys()) - free)
-        if saved.get(key) != present.get(key)
-    ]
+    """ConfigError if a checkpoint's model section (`state["model"]`) is another model than that of `config`."""
+    differing = differing_architecture(saved, config)
     if differing:
         raise ConfigError(
-            f"the checkpoint holds another architecture: {', '.join(differing)}; use its settings or another run.folder"
+            f"the checkpoint holds another architecture: {differing}; use its settings or another run.folder"
         )
+
+
+def differing_architecture(saved: Mapping[str, Any], config: RunConfig, *free: str) -> str:
+    """What makes a saved model section another model than that of `config`, in words; empty if nothing does.
+
+    Dropout, the initial scale and the keys in `free` may change, a vocabulary that is still to be read from the
+    tokenizer is not compared, ranks are the saved model's own, and a setting younger than it had its default.
+    """
+    present, saved = config.model.model_dump(), ModelConfig().model_dump() | dict(saved)
+    ignored = {"attention_dropout", "hidden_dropout", "initial_std", *free}
+    if config.model.vocabulary == 0:
+        ignored.add("vocabulary")
+    return ", ".join(
+        f"model.{key} is {saved.get(key, 'absent')} there and {present.get(key, 'absent')} here"
+        for key in sorted((saved.keys() | present.keys()) - ignored)
+        if saved.get(key) != present.get(key)
+    )

@@ -4,6 +4,7 @@
                                  model.safetensors.index.json, which says which file holds which tensor
     espalier.json                architecture, ranks, growth history, steps and tokens, tokenizer
     tokenizer.model              the sentencepiece model
+    training.yaml                an imported model's only: settings of a run that starts from the folder
 
 `write_consolidated` makes it from a checkpoint with one parameter in memory at a time; `ConsolidatedModel` reads it.
 """
@@ -11,8 +12,8 @@
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,19 @@ from pretrain.checkpoint_format import (
     TOKENIZER_NAME,
     decode_json,
     first_validation_error,
-    sync_folder,
     write_blocks,
     write_tensors,
 )
 from pretrain.checkpoint_reader import CheckpointReader, open_tensors, plain_file_bytes, read_limited
 from pretrain.errors import CheckpointError
+from pretrain.new_folder import new_folder
 
 FORMAT_VERSION = 1
 FACTS_NAME = "espalier.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FACTS_LIMIT_BYTES = 64 * 2**20
+TRAINING_NAME = "training.yaml"
 SHARD_PATTERN = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
@@ -72,13 +74,16 @@ def check_model(config: ModelConfig, ranks: Mapping[str, int], shapes: Mapping[s
         raise CheckpointError(f"the ranks and the factored layers differ, such as in {min(ranks.keys() ^ set(names))}")
     for projection in factored_projections(config):
         rank = ranks[projection.name]
-        for factor, shape in (("A", (rank, projection.in_features)), ("B", (projection.out_features, rank))):
-            name = f"{projection.name}.{factor}"
+        expected = {"A": (rank, projection.in_features), "B": (projection.out_features, rank)}
+        if projection.additive:
+            expected["weight"] = (projection.out_features, projection.in_features)
+        for leaf, shape in expected.items():
+            name = f"{projection.name}.{leaf}"
             if shapes.get(name) != shape:
                 raise CheckpointError(f"{name} is {shapes.get(name)}, and its rank {rank} asks for {shape}")
-    found, expected = sum(prod(shape) for shape in shapes.values()), total_parameters(config, ranks)
-    if found != expected:
-        raise CheckpointError(f"the tensors hold {found} parameters, and a model with these ranks has {expected}")
+    found, needed = sum(prod(shape) for shape in shapes.values()), total_parameters(config, ranks)
+    if found != needed:
+        raise CheckpointError(f"the tensors hold {found} parameters, and a model with these ranks has {needed}")
 
 
 def facts_of(reader: CheckpointReader) -> Facts:
@@ -112,7 +117,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{output} exists and is no consolidated model (it has no {FACTS_NAME}): give another --output"
         )
-    ours = {FACTS_NAME, TOKENIZER_NAME, WEIGHTS_NAME, INDEX_NAME}
+    ours = {FACTS_NAME, TOKENIZER_NAME, WEIGHTS_NAME, INDEX_NAME, TRAINING_NAME}
     foreign = {name for name in names - ours if not SHARD_PATTERN.fullmatch(name)}
     if foreign:
         raise CheckpointError(
@@ -154,55 +159,41 @@ def write_consolidated(
     check_output(output, overwrite)
     facts = facts_of(reader)
     tokenizer = reader.extra_file(TOKENIZER_NAME)
-    shapes = {name: layout.full_shape for name, layout in reader.layouts.items()}
-    files = plan_files({name: FP32_BYTES * prod(shape) for name, shape in shapes.items()}, max_shard_bytes)
 
-    def masters(names: Iterable[str]) -> Iterator[Tensor]:
-        for name in names:
+    def masters() -> Iterator[Tensor]:
+        for name in reader.layouts:
             yield reader.read(name)
             if on_parameter is not None:
                 on_parameter(name)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir()
-    try:
-        for file, names in files.items():
-            write_tensors(partial / file, {name: shapes[name] for name in names}, masters(names))
-        if len(files) > 1:
-            index = {
-                "metadata": {"total_size": FP32_BYTES * sum(prod(shape) for shape in shapes.values())},
-                "weight_map": {name: file for file, names in files.items() for name in names},
-            }
-            write_blocks(partial / INDEX_NAME, [json.dumps(index, indent=2).encode()])
-        with tokenizer.open("rb") as source:
-            write_blocks(partial / TOKENIZER_NAME, iter(lambda: source.read(CHUNK_BYTES), b""))
-        write_blocks(partial / FACTS_NAME, [json.dumps(facts.model_dump(), indent=2, allow_nan=False).encode()])
-        sync_folder(partial)
-        _replace(partial, output)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output} could not be written ({error.strerror}): free space there, make it writable, or give another "
-            "--output"
-        ) from error
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+    with new_folder(output) as folder:
+        shapes = {name: layout.full_shape for name, layout in reader.layouts.items()}
+        write_model(folder, facts, tokenizer, shapes, masters(), max_shard_bytes)
 
 
-def _replace(partial: Path, output: Path) -> None:
-    """Gives `partial` the name `output`; what had the name before is removed after that."""
-    aside = output.with_name(f".{output.name}.replaced")
-    if aside.exists():
-        shutil.rmtree(aside)
-    if output.exists():
-        os.rename(output, aside)
-    os.rename(partial, output)
-    sync_folder(output.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+def write_model(
+    folder: Path,
+    facts: Facts,
+    tokenizer: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterator[Tensor],
+    max_shard_bytes: int,
+) -> None:
+    """Fills the empty `folder`; `tensors` come in fp32 and in the order of `shapes`, and are taken one at a time."""
+    files = plan_files({name: FP32_BYTES * prod(shape) for name, shape in shapes.items()}, max_shard_bytes)
+    for file, names in files.items():
+        write_tensors(folder / file, {name: shapes[name] for name in names}, islice(tensors, len(names)))
+    if next(tensors, None) is not None:
+        raise ValueError("there are more tensors than shapes")
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": FP32_BYTES * sum(prod(shape) for shape in shapes.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        write_blocks(folder / INDEX_NAME, [json.dumps(index, indent=2).encode()])
+    with tokenizer.open("rb") as source:
+        write_blocks(folder / TOKENIZER_NAME, iter(lambda: source.read(CHUNK_BYTES), b""))
+    write_blocks(folder / FACTS_NAME, [json.dumps(facts.model_dump(), indent=2, allow_nan=False).encode()])
 
 
 class ConsolidatedModel:
@@ -258,6 +249,15 @@ class ConsolidatedModel:
                 raise CheckpointError(f"{path} names the file {file!r}, which is not the name of a weight file")
             files[file] = {name for name, place in index.weight_map.items() if place == file}
         return files
+
+    def check_causal(self) -> None:
+        """CheckpointError if this is a masked model, which nothing that generates or exports can use."""
+        if self.config.bidirectional:
+            raise CheckpointError(
+                f"{self.folder} was trained with train.objective=mlm: it attends in both directions and cannot "
+                f"continue a text, and transformers' {self.config.family} class attends to the left only; give a model "
+                "of a run with train.objective=causal"
+            )
 
     @property
     def names(self) -> list[str]:

@@ -19,13 +19,15 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
     """Plain weight decay for dense weights and embeddings alone.
 
     On a factor it would be a nuclear-norm pressure on the product, since (‖A‖² + ‖B‖²) / 2 ≥ ‖BA‖_*, and fight growth.
+    Frozen parameters are in no group, and a group that would be empty is left out: DeepSpeed 0.19.8 cannot flatten it.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.trained_parameters().items():
         dense_weight = parameter.dim() > 1 and not name.endswith((".A", ".B"))
         (decayed if dense_weight else others).append(parameter)
-    return [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
@@ -45,11 +47,11 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
 
 
 def tear_down(engine: DeepSpeedEngine) -> None:
-    """Destroys the engine and all it hung on the module, and gives every parameter a life of its own.
+    """Destroys the engine and all it hung on the module, and gives every trained parameter a life of its own.
 
     DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, which keep the engine and its optimizer
     state alive, and leaves parameters as views of its flat buffers with attributes of its own: the hooks are removed by
-    hand, and parameters are made anew.
+    hand, and parameters are made anew. It never touched the frozen ones.
     """
     module = engine.module
     engine.destroy()
@@ -59,7 +61,8 @@ def tear_down(engine: DeepSpeedEngine) -> None:
     engine.optimizer = engine.basic_optimizer = None
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            setattr(owner, name, _fresh_parameter(parameter))
+            if parameter.requires_grad:
+                setattr(owner, name, _fresh_parameter(parameter))
     gc.collect()
 
 

@@ -1,6 +1,7 @@
 """Pictures of ranks and spectra for TensorBoard."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,25 +9,60 @@ from matplotlib.figure import Figure
 from model.config import Projection
 
 
+class Place(Protocol):
+    """Where in the stack a spectrum belongs: what `Projection` has."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+
+
+class StreamPlace(NamedTuple):
+    """The residual stream behind a layer."""
+
+    name: str
+    layer: int
+    kind: str = "residual stream"
+
+
 def rank_map(history: Sequence[tuple[int, Mapping[str, int]]], last_step: int, layers: Sequence[Projection]) -> Figure:
     """One row per factored layer, step to the right, rank as colour.
 
     `history`: the steps at which ranks changed, ascending, with the ranks from there on.
     """
-    figure = Figure(figsize=(8.0, 1.5 + 0.18 * len(layers)), layout="constrained")
-    axes = figure.add_subplot()
     edges = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
     ranks = np.array([[moment[layer.name] for _, moment in history] for layer in layers])
-    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), ranks, cmap="viridis", vmin=0)
-    axes.set_yticks(np.arange(len(layers)) + 0.5, [layer.label for layer in layers], fontsize=6)
+    return _layer_map(edges, ranks, [layer.label for layer in layers], "rank")
+
+
+def effective_rank_map(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
+    """One row per layer, step to the right, effective rank as colour.
+
+    `history`: the steps of the measurements, ascending, with effective ranks by layer label; each fills the map from
+    the measurement before it on.
+    """
+    labels = list(history[-1][1])
+    values = np.array([[moment.get(label, np.nan) for _, moment in history] for label in labels])
+    return _layer_map([0, *(step for step, _ in history)], values, labels, "effective rank")
+
+
+def _layer_map(edges: Sequence[int], values: np.ndarray, labels: Sequence[str], meaning: str) -> Figure:
+    """`values (layers, len(edges) - 1)` as colours between the edges."""
+    figure = Figure(figsize=(8.0, 1.5 + 0.18 * len(labels)), layout="constrained")
+    axes = figure.add_subplot()
+    mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1), values, cmap="viridis", vmin=0)
+    axes.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=6)
     axes.invert_yaxis()
     axes.set_xlabel("step")
-    figure.colorbar(mesh, label="rank")
+    figure.colorbar(mesh, label=meaning)
     return figure
 
 
-def spectrum_curves(spectra: Mapping[str, np.ndarray], layers: Sequence[Projection]) -> Figure:
-    """Singular values over the largest one, one panel per kind of projection, one line per layer."""
+def spectrum_curves(spectra: Mapping[str, np.ndarray], layers: Sequence[Place]) -> Figure:
+    """Singular values over the largest one, one panel per kind of place, one line per layer."""
     shown = [layer for layer in layers if layer.name in spectra]
     kinds = list(dict.fromkeys(layer.kind for layer in shown))
     depth = max(layer.layer for layer in shown) or 1

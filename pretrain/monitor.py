@@ -7,12 +7,12 @@ Training never ends because it could not be shown: a writer that fails with an O
 once and left alone, and this is the one place where an OSError is caught. A failed checkpoint is another matter.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,20 @@ from numpy.typing import ArrayLike
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.arithmetic import total_parameters, training_flops_per_token
-from model.config import factored_projections
+from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
+from model.config import factored_projections, projections
 from pretrain import figures
 from pretrain.config import RunConfig
 from pretrain.devices import memory_scalars, peak_flops
 from pretrain.run_folder import JsonLines, json_text, replace_text
+from pretrain.spectrum_report import (
+    TRACKING_CHARTS,
+    Measurement,
+    effective_ranks_of_updates,
+    spectrum_scalars,
+    tracking_record,
+    tracking_scalars,
+)
 from pretrain.summary import dense_flops_ratio, perplexity, summary_text
 
 CHARTS = {
@@ -45,7 +53,7 @@ class StepMetrics:
     """One logged step, the same on every process."""
 
     lm_loss: float
-    """Mean over all tokens of the step, in nats per token."""
+    """Mean over all predicted tokens of the step, in nats per token."""
     grad_norm: float
     """Norm of the whole gradient, before clipping."""
     learning_rate: float
@@ -58,19 +66,6 @@ class StepMetrics:
     skipped_steps: int
     loss_scale: float | None = None
     """fp16 only."""
-
-
-def spectrum_scalars(singular_values: np.ndarray) -> dict[str, float]:
-    """Spectral norm s₁, stable rank Σs²/s₁², and effective rank exp(entropy of s/Σs), from values sorted downwards."""
-    largest, total = float(singular_values[0]), float(singular_values.sum())
-    if largest <= 0.0:
-        return {"spectral_norm": 0.0, "stable_rank": 0.0, "effective_rank": 0.0}
-    share = singular_values[singular_values > 0.0] / total
-    return {
-        "spectral_norm": largest,
-        "stable_rank": float((singular_values**2).sum()) / largest**2,
-        "effective_rank": math.exp(float(-(share * np.log(share)).sum())),
-    }
 
 
 class Monitor:
@@ -91,13 +86,15 @@ class Monitor:
         self._active, self._processes = active, processes
         self._first_step, self._began = resumed_step, time.monotonic()
         self._layers = factored_projections(config.model)
-        self._labels = {layer.name: layer.label for layer in self._layers}
+        self._labels = {layer.name: layer.label for layer in projections(config.model)}
         self.rank_history = _rank_history(ranks, growth)
         self._since_logged: list[StepMetrics] = []
         self._bar: tqdm | None = None
         self._warned = False
         self._writer: SummaryWriter | None = None
         self._metrics, self._events = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "events.jsonl")
+        self._tracking = JsonLines(folder / "tracking.jsonl")
+        self._tracked: list[tuple[int, dict[str, float]]] = []
         if not active:
             return
         if sys.stderr.isatty():
@@ -109,9 +106,11 @@ class Monitor:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._metrics.cut(resumed_step)
         self._events.cut(None)
+        self._tracking.cut(resumed_step)
+        self._tracked = [(line["step"], effective_ranks_of_updates(line)) for line in self._tracking.read()]
         purge_step = resumed_step + 1 if resumed_step else 0
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
-        self._writer.add_custom_scalars(CHARTS)
+        self._writer.add_custom_scalars(CHARTS | (TRACKING_CHARTS if self._config.rank.track else {}))
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:
         """A step; the first, the last and every train.log_every-th are shown, with the pace since the one before."""
@@ -143,13 +142,17 @@ class Monitor:
         self._scalars(step, scalars)
         self._progress(step, metrics, tokens_per_second)
 
-    def validation(self, step: int, lm_loss: float, bits_per_byte: float | None = None) -> None:
-        """A validation; `lm_loss` in nats per token."""
+    def validation(
+        self, step: int, lm_loss: float, bits_per_byte: float | None = None, accuracy: float | None = None
+    ) -> None:
+        """A validation; `lm_loss` in nats per predicted token, `accuracy` as a share of them."""
         if not self._active:
             return
         scalars = {"validation/lm_loss": lm_loss, "validation/ppl": perplexity(lm_loss)}
         if bits_per_byte is not None:
             scalars["validation/bits_per_byte"] = bits_per_byte
+        if accuracy is not None:
+            scalars["validation/accuracy"] = accuracy
         self._scalars(step, scalars)
         facts = {name.partition("/")[2]: value for name, value in scalars.items()}
         self.event("validation", step, **facts)
@@ -177,6 +180,23 @@ class Monitor:
                 scalars[f"spectrum/{self._labels[name]}/{kind}"] = value
         self._scalars(step, scalars)
         self._figure(step, "spectrum/singular_values", lambda: figures.spectrum_curves(spectra, self._layers))
+
+    def tracking(self, step: int, measurement: Measurement) -> None:
+        """Spectra of updates, gradients and representations: `rank.track`."""
+        if not self._active:
+            return
+        record = {"step": step, **tracking_record(measurement, self._labels)}
+        self._attempt(lambda: self._tracking.append(record))
+        self._scalars(step, tracking_scalars(record))
+        stream = [figures.StreamPlace(name, index) for index, name in enumerate(measurement.representation)]
+        layers = projections(self._config.model)
+        for quantity, places in (("update", layers), ("gradient", layers), ("representation", stream)):
+            spectra = getattr(measurement, quantity)
+            if spectra:
+                draw = partial(figures.spectrum_curves, spectra, places)
+                self._figure(step, f"track/{quantity}/singular_values", draw)
+        self._tracked.append((step, effective_ranks_of_updates(record)))
+        self._figure(step, "track/update/effective_rank_map", lambda: figures.effective_rank_map(self._tracked))
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """Something worth a line: a checkpoint, a resume, a fault."""
@@ -242,6 +262,7 @@ class Monitor:
             **{f"rank/{self._labels[name]}": rank for name, rank in self._ranks.items()},
             "rank/mean": sum(self._ranks.values()) / len(self._ranks),
             "rank/total_parameters": total_parameters(self._config.model, self._ranks),
+            "rank/trained_parameters": trained_parameters(self._config.model, self._ranks),
         }
 
     def _mean_rank(self) -> float | None:

@@ -10,6 +10,9 @@ write them as they are, augmentation gathers one parameter at a time from them. 
 (`_hp_mapping`, `single_partition_of_fp32_groups`, `bit16_groups`): `tests/pretrain/test_optimizer_state.py` fails when
 a release moves them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and
 leaves the other waiting, and with several parameter groups it misses all moments but the first group's.
+
+Frozen parameters are in no optimizer, and an augmentation leaves them where they are; `frozen_fragments` names what a
+checkpoint keeps of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from model.gpt import EspalierModel
 from model.process_groups import data_group, data_index, data_size
 from pretrain.checkpoint_format import KEYS, Fragment
 
@@ -116,7 +120,7 @@ class _PlainState(_AdamState):
     """ZeRO 0 in fp32: every data-parallel process holds everything, the first one speaks for all."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        named = dict(engine.module.named_parameters())
+        named = engine.module.trained_parameters()
         super().__init__(engine.optimizer, list(named.values()))
         self.slices = [_Slice(name, 0, p.numel(), 0, self._states(p)) for name, p in named.items()]
 
@@ -156,6 +160,17 @@ class _ZeroState(_AdamState):
         super().load_counters(counters)
         for key, value in counters["loss_scaler"].items():
             setattr(self.zero.loss_scaler, key, value)
+
+
+def frozen_fragments(model: EspalierModel) -> Iterator[Fragment]:
+    """The parameters that never change, as views, from the first data-parallel process: all hold the same ones.
+
+    They have no moments, and in a 16-bit run no fp32 master either: what is kept are the 16-bit values.
+    """
+    if data_index() == 0:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                yield Fragment(name, "master", 0, parameter.detach().view(-1))
 
 
 def stash(state: OptimizerState) -> dict[str, list[Fragment]]:

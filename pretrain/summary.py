@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.arithmetic import total_parameters, training_flops_per_token
+from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from pretrain.config import RunConfig
 from pretrain.schedule import samples_before
 
@@ -55,14 +55,17 @@ def summarize(
     validation_loss: float | None,
     skipped_steps: int,
     checkpoint: Path | None,
+    accuracy: float | None = None,
 ) -> dict[str, Any]:
     """The facts of a run that took `step` steps.
 
-    `growth` is as in a checkpoint's state, `ranks` are the present ones, `checkpoint` is the last one committed.
+    `growth` is as in a checkpoint's state, `ranks` are the present ones, `checkpoint` is the last one committed,
+    `accuracy` is a masked objective's. There the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
     """
     executed, dense = executed_flops(config, ranks, growth, step)
     best = validation_loss if validation_loss is not None else lm_loss
     return {
+        "objective": config.train.objective,
         "step": step,
         "steps": config.train.steps,
         "skipped_steps": skipped_steps,
@@ -70,9 +73,11 @@ def summarize(
         * samples_before(step, config.train.global_batch, config.train.batch_ramp),
         "lm_loss": lm_loss,
         "validation_loss": validation_loss,
+        "accuracy": accuracy,
         "perplexity": perplexity(best),
         "mean_rank": sum(ranks.values()) / len(ranks) if ranks else None,
         "parameters": total_parameters(config.model, ranks),
+        "trained_parameters": trained_parameters(config.model, ranks),
         "dense_parameters": total_parameters(config.model, {}),
         "training_flops": executed,
         "dense_training_flops": dense,
@@ -103,8 +108,8 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
     lines = [
         f"step {facts['step']} of {facts['steps']}, {facts['consumed_tokens']:,} tokens, "
         f"{facts['skipped_steps']} steps skipped",
-        f"{where} loss {loss:.4f}, perplexity {facts['perplexity']:.2f}",
-        _against("parameters", facts["parameters"], facts["dense_parameters"], f"{facts['parameters']:,}"),
+        f"{where} loss {loss:.4f}, {_understanding(facts)}",
+        _against("parameters", facts["parameters"], facts["dense_parameters"], _sizes(facts)),
         _against("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
     ]
     if facts["mean_rank"] is not None:
@@ -114,19 +119,41 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
             for event in facts["augmentations"]
         ]
     if facts["checkpoint"] is not None:
-        run, merged = shlex.quote(str(folder)), shlex.quote(str(folder / "consolidated"))
         lines += [
             f"checkpoint {facts['checkpoint']}",
-            f"curves, ranks, spectra:  tensorboard --logdir {run}",
-            "as a dense Hugging Face model:",
-            f"  python tools/consolidate_checkpoint.py --checkpoint {run} --output {merged}",
-            f"  python tools/densify_checkpoint.py --input {merged} --output {shlex.quote(str(folder / 'export'))}",
-            "which three lines of Python load:",
-            "  from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'  model = AutoModelForCausalLM.from_pretrained("{folder / "export"}")',
-            f'  tokenizer = AutoTokenizer.from_pretrained("{folder / "export"}")',
+            f"curves, ranks, spectra:  tensorboard --logdir {shlex.quote(str(folder))}",
+            *_export_commands(folder, causal=facts["objective"] == "causal"),
         ]
     return "\n".join(lines)
+
+
+def _export_commands(folder: Path, *, causal: bool) -> list[str]:
+    """How to take the model out of the run; transformers has no class for a masked one."""
+    merged = shlex.quote(str(folder / "consolidated"))
+    consolidate = f"  python tools/consolidate_checkpoint.py --checkpoint {shlex.quote(str(folder))} --output {merged}"
+    if not causal:
+        return ["as one model:", consolidate]
+    return [
+        "as a dense Hugging Face model:",
+        consolidate,
+        f"  python tools/densify_checkpoint.py --input {merged} --output {shlex.quote(str(folder / 'export'))}",
+        "which three lines of Python load:",
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'  model = AutoModelForCausalLM.from_pretrained("{folder / "export"}")',
+        f'  tokenizer = AutoTokenizer.from_pretrained("{folder / "export"}")',
+    ]
+
+
+def _understanding(facts: Mapping[str, Any]) -> str:
+    if facts["objective"] == "causal":
+        return f"perplexity {facts['perplexity']:.2f}"
+    right = "" if facts["accuracy"] is None else f", {100.0 * facts['accuracy']:.1f} % of the hidden tokens found"
+    return f"pseudo-perplexity {facts['perplexity']:.2f}{right}"
+
+
+def _sizes(facts: Mapping[str, Any]) -> str:
+    total, trained = facts["parameters"], facts["trained_parameters"]
+    return f"{total:,}" if trained == total else f"{total:,} ({trained:,} trained, the others frozen)"
 
 
 def _against(name: str, ours: float, dense: float, shown: str) -> str:

@@ -27,7 +27,9 @@ from pretrain.errors import DataError
 SPACE = "\u2581"
 """Stands for a space inside pieces."""
 END_OF_DOCUMENT = f"<|end{SPACE}of{SPACE}document|>"
-"""Spelling of the one control token that is used; added by id, never read from text."""
+"""Spelling of the control token behind every document; added by id, never read from text."""
+MASK = "<mask>"
+"""Spelling of the control token that hides a token from a masked objective, where the tokenizer has one; the same."""
 MAXIMUM_RUN = 1536
 """Longest run of spaces, and of other characters, that is encoded as a whole."""
 SCORE_QUANTUM = 2.0**-7
@@ -75,6 +77,9 @@ class Tokenizer:
             )
         self.vocabulary: int = len(self.model.pieces)
         self.end_of_document: int = self._processor.eos_id()
+        masks = [token for token, piece in enumerate(self.model.pieces) if piece.piece == MASK]
+        self.mask: int | None = masks[0] if masks else None
+        """Id of the mask token; None in a tokenizer that was trained without one."""
 
     @property
     def kind(self) -> Literal["bpe", "unigram"]:
@@ -94,6 +99,10 @@ class Tokenizer:
         """Text of `ids`; control tokens decode to nothing."""
         text: str = self._processor.decode([int(token) for token in ids])
         return text
+
+    def ordinary_tokens(self) -> np.ndarray:
+        """Which ids stand for text, bool (vocabulary,): all but control tokens and the unknown token."""
+        return np.array([piece.type in (Piece.NORMAL, Piece.BYTE) for piece in self.model.pieces])
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes each token stands for, int64 (vocabulary,); 0 for control tokens."""
@@ -135,6 +144,8 @@ def _reason_against(model: Any) -> str | None:
     ends = [token for token, piece in enumerate(model.pieces) if piece.piece == END_OF_DOCUMENT]
     if ends != [trainer.eos_id] or model.pieces[trainer.eos_id].type != Piece.CONTROL:
         return f"it has no end-of-document token {END_OF_DOCUMENT}"
+    if any(piece.piece == MASK and piece.type != Piece.CONTROL for piece in model.pieces):
+        return f"its piece {MASK} is no control token, so the mask could be read from text"
     characters = {piece.piece for piece in model.pieces if piece.type == Piece.NORMAL}
     if not characters.issuperset(map(chr, range(0x21, 0x7F))):
         return "it lacks some of the 94 printable ASCII characters, which spell special strings in text"

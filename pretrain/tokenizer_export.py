@@ -7,8 +7,8 @@ of sentencepiece files cut special strings out of ordinary text. So `tokenizer.j
   BPE knows ranked pairs. So each piece gives one pair for every way to cut it in two pieces, ranked by the piece.
 - In Hugging Face's unigram model byte and control pieces are ordinary candidates; a score below any path of ordinary
   characters keeps them out of text.
-- The end-of-document token is no "added token" in `tokenizer.json`; `tokenizer_config.json` names it as `eos_token`
-  together with `split_special_tokens`, so its spelling inside text is still text.
+- The end-of-document token and the mask token are no "added tokens" in `tokenizer.json`; `tokenizer_config.json` names
+  them as `eos_token` and `mask_token`, with `split_special_tokens`: their spelling inside text is still text.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from pretrain.tokenizer import END_OF_DOCUMENT, SEGMENT_PATTERN, SPACE, Piece, Tokenizer
+from pretrain.tokenizer import END_OF_DOCUMENT, MASK, SEGMENT_PATTERN, SPACE, Piece, Tokenizer
 
 UNREACHABLE_SCORE = -4096.0
 """Lower than the sum of any special piece's spelling, character by character."""
@@ -36,6 +36,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, sequence_length: int) -
     exported.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     exported.save(str(folder / "tokenizer.json"))
     special_tokens = {"eos_token": END_OF_DOCUMENT}
+    if tokenizer.mask is not None:
+        special_tokens["mask_token"] = MASK
     settings = {
         # The class that takes tokenizer.json as it is, beside a Llama or GPT-2 config too.
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -22,19 +22,22 @@ from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
 from pretrain.errors import CheckpointError, EspalierError, run_command
+from pretrain.initial_values import check_start
 from pretrain.monitor import Monitor
+from pretrain.objective import corpus_for, mask_token
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
 from pretrain.run_folder import refuse_foreign_folder, write_run_record
 from pretrain.schedule import samples_before
 from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer
+from pretrain.tracking import check_same_start
 from pretrain.trainer import Trainer, validation_samples
 
 
 def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
     """The loop: what happens in a step, and in which order."""
     train, checkpoint, state = run.config.train, run.config.checkpoint, run.state
-    loss, validation_loss, saved = float("nan"), None, None
+    loss, validation, saved = float("nan"), None, None
     while state.step < train.steps:
         growth = run.augment_if_due()
         if growth is not None:
@@ -44,12 +47,13 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
 
-        last = state.step == train.steps
-        if run.corpus.validation is not None and (last or _due(state.step, train.validate_every)):
-            validation_loss, bits_per_byte = run.validate()
-            monitor.validation(state.step, validation_loss, bits_per_byte)
+        if run.corpus.validation is not None and run.validates_after(state.step):
+            validation = run.validate()
+            monitor.validation(state.step, validation.lm_loss, validation.bits_per_byte, validation.accuracy)
             monitor.spectra(state.step, run.spectra())
-        if last or _due(state.step, checkpoint.every):
+        if run.tracker is not None and run.validates_after(state.step):
+            monitor.tracking(state.step, run.track(run.tracker))
+        if state.step == train.steps or _due(state.step, checkpoint.every):
             saved = run.save(checkpoints)
             monitor.event("checkpoint", state.step, folder=str(saved))
 
@@ -61,7 +65,8 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
             history,
             step=state.step,
             lm_loss=loss,
-            validation_loss=validation_loss,
+            validation_loss=None if validation is None else validation.lm_loss,
+            accuracy=None if validation is None else validation.accuracy,
             skipped_steps=state.skipped_steps,
             checkpoint=saved,
         )
@@ -79,7 +84,10 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     folder = Path(config.run.folder)
     checkpoints, cache = folder / "checkpoints", Path(config.data.cache or folder / "cache")
     together(lambda: refuse_foreign_folder(folder, (config.data.prefix, config.data.tokenizer, str(cache))))
-    config = config.with_vocabulary(together(lambda: Tokenizer(config.data.tokenizer)).vocabulary)
+    tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
+    if config.train.objective == "mlm":
+        together(lambda: mask_token(tokenizer))  # nothing is written for a run that could not begin
+    config = config.with_vocabulary(tokenizer.vocabulary)
     config.layout(processes)  # once more: only now is the vocabulary known
     initialize_process_groups(config.parallel.tensor)
     reader = _open_newest(checkpoints, config)
@@ -87,6 +95,8 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
         return None
+    if reader is None:
+        together(lambda: check_start(config, tokenizer))
     corpus = open_corpus(
         config.data,
         config.model,
@@ -96,6 +106,9 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         cache=cache,
     )
     together(lambda: _check_same_samples(reader, config, corpus))
+    if reader is not None and config.rank.track:
+        check_same_start(reader.state["config"], config)
+    corpus = corpus_for(config.train, corpus, config.run.seed)
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
     run = Trainer(config, layout, corpus, reader)
     monitor = Monitor(

@@ -5,20 +5,31 @@ masters and moments. The loop that makes the moves is in `pretrain/train.py`.
 """
 
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import round_up
+from model.config import factored_projections, round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
-from pretrain.augmentation import GrowthRecord, augment, layer_measurements, measure_spectra, plan_growth
+from pretrain.augmentation import (
+    GrowthRecord,
+    RankMeasurement,
+    augment,
+    layer_measurements,
+    measure_spectra,
+    measure_updates,
+    plan_growth,
+)
 from pretrain.checkpoint_format import KEYS
 from pretrain.checkpoint_reader import CheckpointReader
 from pretrain.checkpoint_writer import write_checkpoint
@@ -27,16 +38,27 @@ from pretrain.corpus import Corpus, batch_at, micro_batch_start
 from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.engine import build_engine, gradient_norm, set_learning_rate
 from pretrain.errors import NumericalError
+from pretrain.initial_values import initial_factors, initial_model
 from pretrain.layout import Layout
 from pretrain.monitor import StepMetrics
-from pretrain.optimizer_state import optimizer_state
-from pretrain.policies import build_policy
+from pretrain.optimizer_state import frozen_fragments, optimizer_state
+from pretrain.policies import affordable_parameters, build_policy
 from pretrain.policies.explained_ratio import untrained_ranks
-from pretrain.schedule import global_batch_at, learning_rate
+from pretrain.policies.gradient import PROBED_STEPS
+from pretrain.policies.policy import Measured
+from pretrain.probe import GradientProbe
+from pretrain.processes import together
+from pretrain.schedule import global_batch_at, learning_rate, samples_before
+from pretrain.spectrum_report import Measurement
+from pretrain.tracking import Tracker
 
 # fp16 skips a handful of steps while it looks for its loss scale; a run that skips this many in a row is not coming
 # back.
 _SKIPS_IN_A_ROW = 40
+
+
+PROBE_NAME = "probe.safetensors"
+"""Extra file of a checkpoint written between two probed steps."""
 
 
 @dataclass
@@ -51,16 +73,32 @@ class TrainState:
     growth: list[GrowthRecord] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found."""
+
+    lm_loss: float
+    """Mean over all predicted tokens, in nats per token."""
+    bits_per_byte: float | None = None
+    """Causal objective only: hidden tokens are no text."""
+    accuracy: float | None = None
+    """Share of the tokens predicted right; masked objective only."""
+
+
 class Trainer:
     """One run on the present process groups."""
 
     def __init__(self, config: RunConfig, layout: Layout, corpus: Corpus, reader: CheckpointReader | None) -> None:
         self.config, self.layout, self.corpus = config, layout, corpus
         self.state = TrainState()
-        self.policy = build_policy(config.rank)
-        ranks = config.initial_ranks() if reader is None else reader.state["ranks"]
-        self.engine = self._new_engine(build_model(config.model, ranks, seed=config.run.seed))
-        if reader is not None:
+        self.policy = build_policy(config.rank, config.train.steps)
+        self.probe = GradientProbe(config.rank.probe, config.run.seed) if "demand" in self.policy.needs else None
+        self.tracker = together(lambda: Tracker(config)) if config.rank.track else None
+        self._initial: dict[str, tuple[Tensor, Tensor]] | None = None
+        if reader is None:
+            self.engine = self._new_engine(initial_model(config))
+        else:
+            self.engine = self._new_engine(build_model(config.model, reader.state["ranks"], seed=config.run.seed))
             self._restore(reader)
 
     @property
@@ -81,7 +119,13 @@ class Trainer:
         self.engine.set_train_batch_size(sequences)
         rate = learning_rate(state.step, self.config.schedule, self.config.optimizer, train.steps)
         set_learning_rate(self.engine, rate)
+        if self.tracker is not None and self.validates_after(state.step + 1):
+            self.tracker.watch_gradients(self.engine)
         total, norm = torch.zeros((), device=device()), math.nan
+        probed = self._steps_to_probed_decision()
+        if self.probe is not None and probed is not None:
+            self.probe.attach(self.model, state.step, probed)
+        loss_scale = self._loss_scale()
         for micro_step in range(accumulation):
             self.model.dropout_counter.step, self.model.dropout_counter.micro_step = state.step, micro_step
             first = micro_batch_start(
@@ -98,6 +142,8 @@ class Trainer:
             self.engine.step()
             total += loss.detach()
         dist.all_reduce(total, group=data_group())
+        if self.probe is not None and probed is not None:
+            self.probe.collect(self.model, loss_scale or 1.0)
         self._count(sequences)
         return StepMetrics(
             lm_loss=float(total) / (accumulation * self.layout.data),
@@ -153,30 +199,44 @@ class Trainer:
         return float(self.engine.optimizer.cur_scale) if self.config.train.precision == "fp16" else None
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float]:
-        """Loss in nats a token and bits a byte over the validation sequences, always the same ones."""
+    def validate(self) -> Validation:
+        """What the model makes of the validation sequences, always the same ones."""
         micro_batch = self.config.train.micro_batch
         byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         self._refuse_non_finite_weights()
         self.engine.eval()
         for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
-            first = micro_batch_start(0, micro_step, micro_batch, data_index(), self.layout.data)
-            batch = batch_at(self.corpus.validation, first, micro_batch)
+            batch = self._validation_batch(micro_step)
             mask = batch["loss_mask"].double()
-            losses = self.engine(
-                batch["tokens"].to(device()),
-                batch["position_ids"].to(device()),
-                None,
-                labels=batch["labels"].to(device()),
-            )
-            length = byte_lengths[batch["labels"]].double()
-            sums += torch.stack([(losses.cpu().double() * mask).sum(), mask.sum(), (length * mask).sum()])
+            logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
+            losses = self.model.compute_language_model_loss(batch["labels"].to(device()), logits.transpose(0, 1))
+            right = self.model.likeliest_tokens(logits).cpu() == batch["labels"]
+            length = byte_lengths[batch["labels"]]
+            sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), right, mask, length)])
         self.engine.train()
         sums = sums.to(device())
         dist.all_reduce(sums, group=data_group())
-        nats, tokens, bytes_ = sums.tolist()
-        return nats / tokens, nats / math.log(2) / bytes_
+        nats, right_tokens, tokens, bytes_ = sums.tolist()
+        if self.config.train.objective == "mlm":
+            return Validation(nats / tokens, accuracy=right_tokens / tokens)
+        return Validation(nats / tokens, bits_per_byte=nats / math.log(2) / bytes_)
+
+    def validates_after(self, step: int) -> bool:
+        """Whether `step` is the last one or one of every `train.validate_every`."""
+        every = self.config.train.validate_every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def _validation_batch(self, micro_step: int) -> dict[str, Tensor]:
+        micro_batch = self.config.train.micro_batch
+        first = micro_batch_start(0, micro_step, micro_batch, data_index(), self.layout.data)
+        return batch_at(self.corpus.validation, first, micro_batch)
+
+    def track(self, tracker: Tracker) -> Measurement:
+        """Spectra of the updates so far, of the step's gradients, and of representations if there are validation
+        samples."""
+        self._refuse_non_finite_weights()
+        return tracker.measure(self.engine, None if self.corpus.validation is None else self._validation_batch(0))
 
     # Ranks ------------------------------------------------------------------------------------------------------------
 
@@ -186,17 +246,56 @@ class Trainer:
         if not self.policy.due(step):
             return None
         self._refuse_non_finite_weights()
-        spectra = self.spectra() if self.policy.needs_spectra(step) else {}
-        plan = plan_growth(self.model, self.policy, self.config.rank, step, spectra)
+        measured = self._measure(self.policy.needs)
+        plan = plan_growth(self.model, self.policy, self.config.rank, step, measured, self._affordable_parameters())
         if plan is None:
             return None
-        self.engine, record = augment(self.engine, plan, rebuild=self._new_engine, seed=self.config.run.seed)
+        directed = measured.demand if self.config.rank.directed else {}
+        self.engine, record = augment(
+            self.engine,
+            plan,
+            rebuild=self._new_engine,
+            seed=self.config.run.seed,
+            directions={name: demand.rows for name, demand in directed.items()},
+        )
         self.state.growth.append(record)
         return record
 
+    def _measure(self, needs: frozenset[Measured]) -> RankMeasurement:
+        if "update" in needs and self._initial is None:
+            self._initial = initial_factors(self.model, self.config)
+        return RankMeasurement(
+            product=self.spectra() if "product" in needs else {},
+            update={} if self._initial is None else measure_updates(self.model, self._initial),
+            demand={} if self.probe is None else self.probe.demand(self.model),
+        )
+
+    def _affordable_parameters(self) -> int | None:
+        train, state = self.config.train, self.state
+        growth = [asdict(record) for record in state.growth]
+        moments = {*(record.step for record in state.growth), state.step, train.steps}
+        samples = {moment: samples_before(moment, train.global_batch, train.batch_ramp) for moment in moments}
+        return affordable_parameters(
+            self.config.rank,
+            factored_projections(self.config.model),
+            self.model.ranks(),
+            growth,
+            samples,
+            train.steps,
+            state.step,
+        )
+
+    def _steps_to_probed_decision(self) -> int | None:
+        """How many steps from now a decision waits for this step's gradient; None: it is an ordinary step."""
+        if self.probe is None:
+            return None
+        ahead = (left for left in range(1, PROBED_STEPS + 1) if self.policy.due(self.state.step + left))
+        return next(ahead, None)
+
     def mean_untrained_rank(self) -> float:
         """The null of the explained-ratio rule: the mean rank it would reach if training never changed the factors."""
-        ranks = untrained_ranks(layer_measurements(self.model, self.spectra()), self.config.rank)
+        layers = layer_measurements(self.model, RankMeasurement(product=self.spectra()))
+        ranks = untrained_ranks(layers, self.config.rank)
         return sum(ranks.values()) / len(ranks)
 
     def spectra(self) -> dict[str, Tensor]:
@@ -209,17 +308,24 @@ class Trainer:
         """Writes a checkpoint of the present step below `root`; a collective over all processes."""
         self._refuse_non_finite_weights()
         adapter = optimizer_state(self.engine)
-        return write_checkpoint(
-            root,
-            self.state.step,
-            adapter.fragments(),
-            tensor_layouts(self.model),
-            self._record(adapter.counters()),
-            tensor_index=tensor_index(),
-            tensor_size=tensor_size(),
-            keep=self.config.checkpoint.keep,
-            extra_files={"tokenizer.model": Path(self.config.data.tokenizer)},
-        )
+        probed = {} if self.probe is None else self.probe.tensors(self.model)
+        with tempfile.TemporaryDirectory() as scratch:
+            extra_files = {"tokenizer.model": Path(self.config.data.tokenizer)}
+            if probed:
+                extra_files[PROBE_NAME] = Path(scratch) / PROBE_NAME
+                together(lambda: save_file(probed, extra_files[PROBE_NAME]))
+            return write_checkpoint(
+                root,
+                self.state.step,
+                chain(adapter.fragments(), frozen_fragments(self.model)),
+                tensor_layouts(self.model),
+                self._record(adapter.counters()),
+                tensor_index=tensor_index(),
+                tensor_size=tensor_size(),
+                keep=self.config.checkpoint.keep,
+                extra_files=extra_files,
+                frozen={name for name, p in self.model.named_parameters() if not p.requires_grad},
+            )
 
     def _record(self, counters: dict[str, Any]) -> dict[str, Any]:
         train = asdict(self.state)
@@ -240,12 +346,17 @@ class Trainer:
     def _restore(self, reader: CheckpointReader) -> None:
         adapter = optimizer_state(self.engine)
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                parameter.detach().copy_(reader.read_shard(name, "master", tensor_index(), tensor_size()))
+                continue
             shard = {key: reader.read_shard(name, key, tensor_index(), tensor_size()) for key in KEYS}
             adapter.load(name, {key: values.to(parameter.device) for key, values in shard.items()})
         adapter.finish_loading()
         adapter.load_counters(reader.state["optimizer"])
         growth = [GrowthRecord(**record) for record in reader.state["growth"]]
         self.state = TrainState(**reader.state["train"], growth=growth)
+        if self.probe is not None and PROBE_NAME in reader.extra_files:
+            self.probe.load(self.model, load_file(reader.extra_file(PROBE_NAME)))
 
 
 def validation_samples(config: RunConfig, layout: Layout) -> int:

@@ -15,6 +15,7 @@ PARAMETRIZATIONS = {
     "all": {"parametrization": "factored", "factored_layers": "all"},
     "mlp": {"parametrization": "factored", "factored_layers": "mlp"},
     "dense": {"parametrization": "dense"},
+    "additive": {"parametrization": "additive"},
 }
 FAMILIES = {
     "llama": {"family": "llama", "hidden": 32, "heads": 4, "query_groups": 2, "ffn": 48},

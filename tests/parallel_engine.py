@@ -101,15 +101,17 @@ class SmallRun:
 
     def grow(self, ranks: Mapping[str, int]) -> None:
         layers = self.engine.module.factored_layers()
-        plan = GrowthPlan(self.step, dict(ranks), {name: row_norm(layers[name].A) for name in ranks})
+        growing = {name: row_norm(layers[name].A) for name, rank in ranks.items() if rank >= layers[name].rank}
+        plan = GrowthPlan(self.step, dict(ranks), growing)
         self.engine, _ = augment(self.engine, plan, rebuild=self.new_engine, seed=1)
 
     def logical_state(self) -> dict[str, dict[str, Tensor]]:
-        """Whole masters and moments by key and name."""
+        """Whole masters and moments by key and name; frozen parameters have a master alone."""
         kept = stash(optimizer_state(self.engine))
         model = self.engine.module
-        shards = {n: gather(kept.get(n, []), p.shape, p.device) for n, p in model.named_parameters()}
-        return {key: gather_logical(model, {name: shard[key] for name, shard in shards.items()}) for key in KEYS}
+        shards = {n: gather(kept.get(n, []), p.shape, p.device) for n, p in model.trained_parameters().items()}
+        shards |= {n: {"master": p.float()} for n, p in model.named_parameters() if not p.requires_grad}
+        return {key: gather_logical(model, {n: s[key] for n, s in shards.items() if key in s}) for key in KEYS}
 
     def owned_bytes(self) -> dict[str, int]:
         """Bytes of parameters, and of masters and moments, that this process holds."""

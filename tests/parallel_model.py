@@ -12,7 +12,9 @@ from model.process_groups import initialize_process_groups, tensor_group, tensor
 from tests.reference import random_tensors
 
 
-def small_config(family: str, parametrization: str, factored_layers: str = "all", **changes: object) -> ModelConfig:
+def small_config(
+    family: str, parametrization: str = "factored", factored_layers: str = "all", **changes: object
+) -> ModelConfig:
     """Two layers; 4 heads in 2 query groups where the family has them, and a vocabulary that needs padding."""
     settings: dict[str, object] = {
         "family": family,
@@ -75,8 +77,8 @@ def first_step(
     losses.mean().backward()
     every = [torch.empty_like(logits) for _ in range(tensor_size())]
     dist.all_gather(every, logits.contiguous(), group=tensor_group())
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert all(gradient is not None for gradient in gradients.values())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == model.trained_parameters().keys()
     return torch.cat(every, dim=-1), losses.detach(), gather_logical(model, gradients)
 
 

@@ -63,13 +63,13 @@ def tensor_shapes(config: ModelConfig, ranks: Mapping[str, int]) -> dict[str, tu
         if projection.factored:
             shapes[name + ".A"] = (ranks[name], projection.in_features)
             shapes[name + ".B"] = (projection.out_features, ranks[name])
-        else:
+        if projection.additive or not projection.factored:
             shapes[name + ".weight"] = (projection.out_features, projection.in_features)
         if config.biases:
             shapes[name + ".bias"] = (projection.out_features,)
         if projection.normed:
             layer = f"decoder.layers.{projection.layer}."
-            norm = name + ".norm_" if projection.factored else layer + norms[projection.kind] + "."
+            norm = name + ".norm_" if projection.fused_norm else layer + norms[projection.kind] + "."
             shapes[norm + "weight"] = (config.hidden,)
             if layer_norm:
                 shapes[norm + "bias"] = (config.hidden,)
@@ -79,6 +79,15 @@ def tensor_shapes(config: ModelConfig, ranks: Mapping[str, int]) -> dict[str, tu
     if not config.tied_embeddings:
         shapes["output_layer.weight"] = (config.padded_vocabulary, config.hidden)
     return shapes
+
+
+def frozen_names(config: ModelConfig) -> set[str]:
+    """Parameters that must get no gradient."""
+    layers = projections(config)
+    if config.trained == "factors":
+        factors = {f"{layer.name}.{side}" for layer in layers if layer.factored for side in "AB"}
+        return tensor_shapes(config, {layer.name: 1 for layer in layers}).keys() - factors
+    return {f"{layer.name}.weight" for layer in layers if layer.additive}
 
 
 def random_tensors(
@@ -111,8 +120,10 @@ def check_shapes(config: ModelConfig, ranks: Mapping[str, int], tensors: Mapping
 def _linear(tensors: Mapping[str, Tensor], projection: Projection, hidden: Tensor) -> Tensor:
     """`hidden (batch, seq, in)` to `(batch, seq, out)`."""
     name = projection.name
-    weight = tensors[name + ".B"] @ tensors[name + ".A"] if projection.factored else tensors[name + ".weight"]
-    return nn.functional.linear(hidden, weight, tensors.get(name + ".bias"))
+    parts = [tensors[name + ".weight"]] if name + ".weight" in tensors else []
+    if projection.factored:
+        parts.append(tensors[name + ".B"] @ tensors[name + ".A"])
+    return nn.functional.linear(hidden, sum(parts[1:], parts[0]), tensors.get(name + ".bias"))
 
 
 def _norm(config: ModelConfig, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,7 +136,7 @@ def _layer_norm_in_front(
     config: ModelConfig, tensors: Mapping[str, Tensor], projection: Projection, hidden: Tensor
 ) -> Tensor:
     """The norm that belongs to a qkv or fc1 projection, whichever module holds its parameters."""
-    if projection.factored:
+    if projection.fused_norm:
         prefix = projection.name + ".norm_"
     else:
         module = "input_layernorm." if projection.kind == "qkv" else "pre_mlp_layernorm."
@@ -134,7 +145,8 @@ def _layer_norm_in_front(
 
 
 def _attention(config: ModelConfig, fused: Tensor) -> Tensor:
-    """Causal attention; `fused (batch, seq, (heads + 2 groups) * size)` holds queries, key and value of each group."""
+    """Attention, causal or bidirectional; `fused (batch, seq, (heads + 2 groups) * size)` holds queries, key and value
+    of each group."""
     batch, length, _ = fused.shape
     size, per_group = config.head_size, config.heads // config.groups
     grouped = fused.view(batch, length, config.groups, per_group + 2, size)
@@ -144,9 +156,10 @@ def _attention(config: ModelConfig, fused: Tensor) -> Tensor:
     if config.family == "llama":
         query, key = _rotate(config, query), _rotate(config, key)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
-    future = torch.ones(length, length, dtype=torch.bool, device=fused.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
+    if not config.bidirectional:
+        future = torch.ones(length, length, dtype=torch.bool, device=fused.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
 
 
 def _rotate(config: ModelConfig, heads: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def make_corpus(folder: Path) -> None:
+def make_corpus(folder: Path, *, mask_token: bool = False) -> None:
     """`folder/corpus` and `folder/tokenizer.model`: some modules of the standard library."""
     text = folder / "text"
     text.mkdir(parents=True)
@@ -41,7 +41,7 @@ def make_corpus(folder: Path) -> None:
         source = Path(__import__(module).__file__ or "")
         (text / f"{module}.py").write_bytes(source.read_bytes())
     files = find_files([str(text)])
-    write_tokenizer(train_tokenizer(files, vocabulary=500), folder / "tokenizer.model")
+    write_tokenizer(train_tokenizer(files, vocabulary=500, mask_token=mask_token), folder / "tokenizer.model")
     preprocess(files, folder / "corpus", folder / "tokenizer.model")
 
 

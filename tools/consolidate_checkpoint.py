@@ -56,7 +56,8 @@ def main() -> None:
     print(
         f"step {reader.step} of {folder}: {model.parameters:,} parameters in {size / 1e9:.3f} GB at {arguments.output}"
     )
-    print(f"next: python tools/densify_checkpoint.py --input {arguments.output} --output dense/")
+    if not model.config.bidirectional:  # a masked model has no dense export
+        print(f"next: python tools/densify_checkpoint.py --input {arguments.output} --output dense/")
 
 
 if __name__ == "__main__":

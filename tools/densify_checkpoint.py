@@ -5,50 +5,44 @@
 
 Needs no GPU and no launcher. Every weight W = B A is computed in fp32 and streamed to disk; then the written folder is
 loaded with transformers and its logits are compared with the factored model's. Only then does it get its name. Memory:
-the fp32 weights of one of the two models at a time.
+the fp32 weights of one of the two models at a time. Models of the masked objective, for which transformers has no such
+class, are refused.
 """
 
 import argparse
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from model.arithmetic import total_parameters
 from model.config import ModelConfig
-from pretrain.checkpoint_format import decode_json, sync_folder, write_blocks
-from pretrain.checkpoint_reader import read_limited
-from pretrain.consolidated import FACTS_LIMIT_BYTES, FACTS_NAME, ConsolidatedModel
-from pretrain.dense_export import Comparison, compare_with_export, dense_bytes, write_dense_export
-from pretrain.errors import CheckpointError, run_command
+from pretrain.checkpoint_format import write_blocks
+from pretrain.consolidated import FACTS_NAME, ConsolidatedModel
+from pretrain.dense_export import compare_with_export, dense_bytes, write_dense_export
+from pretrain.errors import run_command
+from pretrain.export_marker import DENSE_EXPORT, check_disk, check_output, check_source, files_below
+from pretrain.logit_comparison import TOLERANCES, Comparison
+from pretrain.new_folder import new_folder
 from tools.consolidate_checkpoint import parse_bytes
 
-KIND = "dense_export"
-"""What the marker says in our exports, so that `--overwrite` never removes anything else."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SPARE_BYTES = 64 * 2**20
-"""Room for settings, tokenizer and headers."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> None:
     arguments = _parse_arguments()
     max_shard_bytes = parse_bytes(arguments.max_shard_size)
-    if _read_marker(arguments.input) is not None:
-        raise CheckpointError(f"{arguments.input} is a dense export already: give a consolidated model as --input")
+    check_source(arguments.input)
     transformers.utils.logging.disable_progress_bar()
     consolidated = ConsolidatedModel(arguments.input)
-    dtype = _DTYPES[arguments.dtype]
+    consolidated.check_causal()
+    dtype = DTYPES[arguments.dtype]
     output = arguments.output.resolve()
-    _check_output(output, arguments.input.resolve(), overwrite=arguments.overwrite)
-    _check_disk(output, dense_bytes(consolidated, dtype))
-    with _new_folder(output) as folder:
+    check_output(output, arguments.input.resolve(), DENSE_EXPORT, overwrite=arguments.overwrite)
+    check_disk(output, dense_bytes(consolidated, dtype))
+    with new_folder(output) as folder:
         _say(f"writing {arguments.dtype} weights of {output}")
         write_dense_export(consolidated, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _say("comparing logits with the factored model")
@@ -66,7 +60,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--input", type=Path, required=True, help="folder written by tools/consolidate_checkpoint.py", metavar="DIR"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write", metavar="DIR")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the stored weights (float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the stored weights (float32)")
     parser.add_argument(
         "--max-shard-size", default="4GB", help="largest weight file, e.g. 500MB or 2GiB (4GB)", metavar="SIZE"
     )
@@ -74,94 +68,16 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _check_output(output: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuses a target that is not ours to write."""
-    if output == source or source.is_relative_to(output) or output.is_relative_to(source):
-        raise CheckpointError(f"--output {output} and --input {source} lie inside each other: choose another --output")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise CheckpointError(f"{output} is a file: choose another --output")
-    if not any(output.iterdir()):
-        return
-    marker = _read_marker(output)
-    foreign = {path.name for path in output.iterdir()} - set(marker["files"] if marker else ())
-    if foreign:
-        raise CheckpointError(
-            f"{output} holds {min(foreign)}, which is not part of a dense export of Espalier and which replacing the "
-            "folder would remove: choose another --output"
-        )
-    if not overwrite:
-        raise CheckpointError(f"{output} is a dense export already: pass --overwrite to replace it")
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """The facts of an earlier export in `folder`, or None when it is none."""
-    path = folder / FACTS_NAME
-    if not path.is_file():
-        return None
-    facts = decode_json(read_limited(path, FACTS_LIMIT_BYTES))
-    return facts if facts.get("kind") == KIND and isinstance(facts.get("files"), list) else None
-
-
-def _check_disk(output: Path, needed_bytes: int) -> None:
-    existing = next(folder for folder in output.parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes + _SPARE_BYTES:
-        raise CheckpointError(
-            f"the export needs {needed_bytes / 1e9:.2f} GB and the disk of {existing} has {free / 1e9:.2f} GB free: "
-            "free some space, choose another --output, or pass --dtype bfloat16"
-        )
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, or is removed when anything goes wrong."""
-    staging = output.with_name(f".{output.name}.partial")
-    aside = output.with_name(f".{output.name}.replaced")
-    try:
-        if staging.exists():
-            shutil.rmtree(staging)  # of a run that was killed
-        staging.mkdir(parents=True)
-        yield staging
-        sync_folder(staging)
-        if output.exists():
-            if aside.exists():
-                shutil.rmtree(aside)
-            output.rename(aside)
-        try:
-            staging.rename(output)
-        except OSError:
-            if aside.exists():
-                aside.rename(output)
-            raise
-        sync_folder(output.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{output} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if output.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
 def _marker(consolidated: ConsolidatedModel, folder: Path, dtype: str, comparison: Comparison) -> dict[str, Any]:
     """Where the export comes from, what was verified, and the files that are ours to replace."""
     return {
         "format_version": 1,
-        "kind": KIND,
+        "kind": DENSE_EXPORT,
         "source": str(consolidated.folder),
         "dtype": dtype,
         **{key: consolidated.facts[key] for key in ("model", "ranks", "growth", "train", "tokenizer")},
-        "verified": {
-            "largest_logit_difference": comparison.difference,
-            "logit_scale": comparison.scale,
-            "relative_difference": comparison.relative_difference,
-            "tolerance": comparison.tolerance,
-            "sequences": comparison.sequences,
-            "tokens": comparison.tokens,
-            "same_greedy_tokens": comparison.same_greedy_tokens,
-        },
-        "files": sorted([FACTS_NAME, *(path.name for path in folder.iterdir())]),
+        "verified": comparison.facts(TOLERANCES[DTYPES[dtype]]),
+        "files": sorted([FACTS_NAME, *files_below(folder)]),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -176,7 +92,7 @@ def _summary(consolidated: ConsolidatedModel, output: Path, dtype: str, comparis
             f"exported step {consolidated.facts['train']['step']} to {output}",
             f"  parameters     {after:,} dense ({before:,} trained), stored as {dtype}",
             f"  logits         differ by {comparison.difference:.2e} at most, {comparison.relative_difference:.2e} of "
-            f"their scale ({comparison.tolerance:g} allowed)",
+            f"their scale ({TOLERANCES[DTYPES[dtype]]:g} allowed)",
             f"  greedy tokens  the same at {comparison.same_greedy_tokens:,} of {comparison.tokens:,} positions",
             "",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",

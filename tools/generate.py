@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from pretrain.consolidated import FACTS_NAME, ConsolidatedModel
 from pretrain.errors import CheckpointError, ConfigError, run_command
 
 
@@ -81,6 +82,8 @@ def _check_export(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: pass the --output of tools/densify_checkpoint.py as --model")
     if not (folder / "config.json").is_file():
+        if (folder / FACTS_NAME).is_file():
+            ConsolidatedModel(folder).check_causal()
         raise CheckpointError(
             f"{folder} is no dense export, it has no config.json: make one with tools/densify_checkpoint.py"
         )

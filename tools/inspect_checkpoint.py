@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from model.arithmetic import total_parameters, training_flops_per_token
+from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from model.config import ModelConfig, projections
 from pretrain.checkpoint_format import replace_file
 from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
@@ -35,6 +35,7 @@ def model_report(facts: Facts) -> dict[str, Any]:
         "ranks": ranks,
         "mean_rank": fmean(ranks.values()) if ranks else None,
         "parameters": total_parameters(config, ranks),
+        "trained_parameters": trained_parameters(config, ranks),
         "dense_parameters": total_parameters(config, {}),
         "flops_per_token": training_flops_per_token(config, ranks),
         "dense_flops_per_token": training_flops_per_token(config, {}),
@@ -83,9 +84,11 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     config = ModelConfig.model_validate(report["model"])
     lines = [
         f"{report['folder']}: step {report['step']}, {report['consumed_tokens']:,} tokens",
-        f"{config.family} {config.parametrization}, {config.layers} layers, hidden {config.hidden}, "
+        f"{config.family} {config.parametrization}{', bidirectional' if config.bidirectional else ''}, "
+        f"{config.layers} layers, hidden {config.hidden}, "
         f"{config.heads} heads, vocabulary {config.vocabulary}",
         _against_dense("parameters", report["parameters"], report["dense_parameters"]),
+        *_frozen_line(report),
         _against_dense("training FLOPs a token", report["flops_per_token"], report["dense_flops_per_token"]),
     ]
     if "tensor_size" in report:
@@ -106,6 +109,13 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
                 f"{fmean(after.values()):.1f}, {event['seconds']:.2f} s"
             )
     return lines
+
+
+def _frozen_line(report: Mapping[str, Any]) -> list[str]:
+    trained = report["trained_parameters"]
+    if trained == report["parameters"]:
+        return []
+    return [_against_dense("trained, the others frozen", trained, report["dense_parameters"])]
 
 
 def _against_dense(what: str, number: int, dense: int) -> str:

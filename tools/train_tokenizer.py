@@ -3,6 +3,7 @@
     python tools/train_tokenizer.py --input stdlib --output tokenizer.model --vocabulary 8192
     python tools/train_tokenizer.py --input books.jsonl.xz notes/ --output tokenizer.model --vocabulary 32000 \\
         --type unigram
+    python tools/train_tokenizer.py --input stdlib --output tokenizer.model --mask-token     (for train.objective=mlm)
 
 The same input and settings give the same file, byte for byte.
 """
@@ -20,21 +21,22 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from pretrain.errors import DataError, run_command
-from pretrain.tokenizer import END_OF_DOCUMENT, SCORE_QUANTUM, Piece, Tokenizer
+from pretrain.tokenizer import END_OF_DOCUMENT, MASK, SCORE_QUANTUM, Piece, Tokenizer
 from tools.documents import find_files, read_documents
 
 CHUNK_CHARACTERS = 1000
 """sentencepiece learns from "sentences": pieces of a document of about this length."""
 FEWEST_TOKENS = 256 + 2 + 94
-"""Bytes, <unk> and end of document, printable ASCII."""
+"""Bytes, <unk> and end of document, printable ASCII; a mask token comes on top."""
 
 
 def main() -> None:
     arguments = _arguments()
     output: Path = arguments.output
-    if arguments.vocabulary < FEWEST_TOKENS:
+    fewest = FEWEST_TOKENS + arguments.mask_token
+    if arguments.vocabulary < fewest:
         raise DataError(
-            f"--vocabulary is {arguments.vocabulary}, and bytes, special tokens and ASCII alone take {FEWEST_TOKENS}: "
+            f"--vocabulary is {arguments.vocabulary}, and bytes, special tokens and ASCII alone take {fewest}: "
             "raise --vocabulary"
         )
     if arguments.sample_chunks < 1:
@@ -50,6 +52,7 @@ def main() -> None:
         seed=arguments.seed,
         sample_chunks=arguments.sample_chunks,
         threads=arguments.threads,
+        mask_token=arguments.mask_token,
     )
     tokenizer = write_tokenizer(model, output)
     print(
@@ -67,8 +70,9 @@ def train_tokenizer(
     seed: int = 1234,
     sample_chunks: int = 400_000,
     threads: int = 4,
+    mask_token: bool = False,
 ) -> bytes:
-    """A serialized sentencepiece model of the documents in `files`."""
+    """A serialized sentencepiece model of the documents in `files`, with or without the mask token."""
     documents = (document.text for document in read_documents(files, json_keys))
     # Drawn here: sentencepiece's own draw gives another sample every time, whatever its seed.
     chunks = draw_sample((chunk for text in documents for chunk in split_text(text)), sample_chunks, seed)
@@ -91,6 +95,7 @@ def train_tokenizer(
             bos_id=-1,
             pad_id=-1,
             eos_piece=END_OF_DOCUMENT,
+            control_symbols=[MASK] if mask_token else [],
             required_chars="".join(map(chr, range(0x21, 0x7F))),
             character_coverage=0.9995,
             shuffle_input_sentence=False,
@@ -195,6 +200,7 @@ def _arguments() -> argparse.Namespace:
         default=4,
         help="of the training; the file depends on it, as on all settings (4)",
     )
+    parser.add_argument("--mask-token", action="store_true", help=f"add {MASK}, which train.objective=mlm needs")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
 

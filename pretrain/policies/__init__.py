@@ -3,9 +3,21 @@
 from collections.abc import Sequence
 
 from model.config import Projection
+from pretrain.policies.budget import affordable_parameters, check_budget
+from pretrain.policies.excess_explained_ratio import ExcessExplainedRatioPolicy
 from pretrain.policies.explained_ratio import ExplainedRatioPolicy, check_buffer
 from pretrain.policies.fixed import FixedPolicy
-from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, RankEvent, limit_growth, rank_cap
+from pretrain.policies.gradient import GradientPolicy, check_probe
+from pretrain.policies.policy import (
+    LayerMeasurement,
+    Policy,
+    RankConfig,
+    RankEvent,
+    factor_parameters,
+    limit_growth,
+    rank_cap,
+    truncated_ranks,
+)
 from pretrain.policies.scheduled import ScheduledPolicy, check_events
 
 __all__ = [
@@ -13,19 +25,26 @@ __all__ = [
     "Policy",
     "RankConfig",
     "RankEvent",
+    "affordable_parameters",
     "build_policy",
     "check_rank_config",
+    "factor_parameters",
     "limit_growth",
     "rank_cap",
+    "truncated_ranks",
 ]
 
 
-def build_policy(rank: RankConfig) -> Policy:
-    """The policy that `rank.policy` names."""
+def build_policy(rank: RankConfig, steps: int) -> Policy:
+    """The policy that `rank.policy` names, for a run of `steps` steps."""
     if rank.policy == "schedule":
         return ScheduledPolicy(rank)
     if rank.policy == "explained_ratio":
         return ExplainedRatioPolicy(rank)
+    if rank.policy == "excess_explained_ratio":
+        return ExcessExplainedRatioPolicy(rank)
+    if rank.policy == "gradient":
+        return GradientPolicy(rank, steps)
     return FixedPolicy()
 
 
@@ -62,3 +81,11 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
         check_events(rank, factored, steps)
     if rank.policy == "explained_ratio":
         check_buffer(rank)
+    if rank.policy == "gradient":
+        check_probe(rank, factored)
+    if rank.truncate and rank.policy in ("fixed", "schedule"):
+        raise ValueError(
+            f"rank.truncate {rank.truncate:g} is for policies that measure, and rank.policy is {rank.policy}: "
+            "leave rank.truncate out or change the policy"
+        )
+    check_budget(rank, factored)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pretrain.policies.policy import LayerMeasurement, RankConfig, in_growth_window, limit_growth
+from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, check_due, limit_growth
 
 
 def explained_ratio(singular_values: np.ndarray, kept: int) -> float:
@@ -45,17 +45,15 @@ def explaining_rank(singular_values: np.ndarray, full: int, used: int, buffer: i
 class ExplainedRatioPolicy:
     """Grows every layer to the used rank that explains its product, plus the buffer."""
 
+    needs: frozenset[Measured] = frozenset({"product"})
+
     def __init__(self, rank: RankConfig) -> None:
         self._rank = rank
 
     def due(self, step: int) -> bool:
-        since_start = step - self._rank.start_step
-        return step > 0 and in_growth_window(step, self._rank) and since_start % self._rank.check_every == 0
+        return check_due(step, self._rank)
 
-    def needs_spectra(self, step: int) -> bool:
-        return self.due(step)
-
-    def targets(self, step: int, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
+    def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         wanted = {layer.projection.name: self._wanted_rank(layer) for layer in layers}
         current = {layer.projection.name: layer.rank for layer in layers}
         return {name: rank for name, rank in wanted.items() if rank > current[name]}
@@ -73,10 +71,10 @@ def untrained_ranks(layers: Sequence[LayerMeasurement], rank: RankConfig) -> dic
     Growth preserves the function, so it adds zeros to the singular values and the rule soon stops.
     """
     policy = ExplainedRatioPolicy(rank)
-    unbounded = rank.model_copy(update={"start_step": 0, "stop_step": None})
+    unbounded = rank.model_copy(update={"start_step": 0, "stop_step": None, "budget": None})
     current = list(layers)
     while True:
-        grown = limit_growth(policy.targets(0, current), current, unbounded, 0)
+        grown = limit_growth(policy.targets(0, current, None), current, unbounded, 0)
         if not grown:
             return {layer.projection.name: layer.rank for layer in current}
         current = [_with_rank(layer, grown.get(layer.projection.name, layer.rank)) for layer in current]

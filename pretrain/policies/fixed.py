@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 
-from pretrain.policies.policy import LayerMeasurement
+from pretrain.policies.policy import LayerMeasurement, Measured
 
 
 class FixedPolicy:
     """Every layer keeps its initial rank."""
 
+    needs: frozenset[Measured] = frozenset()
+
     def due(self, step: int) -> bool:
         return False
 
-    def needs_spectra(self, step: int) -> bool:
-        return False
-
-    def targets(self, step: int, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
+    def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         return {}

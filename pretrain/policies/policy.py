@@ -1,23 +1,30 @@
 """What a rank policy is given and asked, and the limits that hold for all of them.
 
-A policy is a pure decision: singular values in, target ranks out. It touches no model, process or file, so process 0
-can decide for all and a test can call it with numbers. A policy says what it wants; `limit_growth` says what it gets:
+A policy is a pure decision: measurements in, target ranks out. It touches no model, process or file, so process 0 can
+decide for all and a test can call it with numbers. A policy says what it wants; `limit_growth` says what it gets:
 
 - ranks are multiples of `rank.quantum`, and at most double per event;
 - no layer passes the rank at which two factors hold as many numbers as the dense weight;
-- nothing shrinks, and nothing grows before `rank.start_step` or after `rank.stop_step`.
+- all layers together stay within `rank.budget`;
+- nothing grows before `rank.start_step` or after `rank.stop_step`.
+
+`truncated_ranks` is the other direction: what a layer may lose because hardly any of its product is there.
 
 Steps are counted in optimizer steps taken: an event at step 100 happens after 100 steps, before the one with index 100.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.config import Projection
+from model.config import Projection, round_up
+
+_LEARNED = 1e-6
+"""A direction below this share of the largest singular value has not begun to learn."""
 
 
 class RankEvent(BaseModel):
@@ -34,17 +41,33 @@ class RankConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    policy: Literal["fixed", "schedule", "explained_ratio"] = Field("fixed", description="who decides")
+    policy: Literal["fixed", "schedule", "explained_ratio", "excess_explained_ratio", "gradient"] = Field(
+        "fixed", description="who decides"
+    )
     initial: int = Field(64, ge=1, description="rank of every factored layer at the start")
     quantum: int = Field(16, ge=1, description="grown ranks are multiples of it")
     check_every: int = Field(100, ge=1, description="steps between two decisions of a measuring policy")
     start_step: int = Field(0, ge=0, description="no growth before it")
     stop_step: int | None = Field(None, ge=0, description="no growth after it; none: until the end")
     events: tuple[RankEvent, ...] = Field((), description="steps and ranks, for policy schedule")
-    buffer: int = Field(16, ge=2, description="directions beyond the used rank, for policy explained_ratio")
+    buffer: int = Field(16, ge=2, description="directions beyond the used rank, for the explained-ratio policies")
     threshold: float = Field(
-        0.9, gt=0.0, lt=1.0, description="explained ratio that suffices, for policy explained_ratio"
+        0.9, gt=0.0, lt=1.0, description="explained ratio that suffices, for all policies that look at spectra"
     )
+    budget: float | None = Field(
+        None, gt=0.0, le=1.0, description="most that factored layers may cost, as a share of their dense weights"
+    )
+    budget_unit: Literal["parameters", "flops"] = Field(
+        "parameters", description="what the budget counts: parameters at any time, or FLOPs of the whole run"
+    )
+    probe: int = Field(16, ge=1, description="directions of the gradient that policy gradient measures")
+    directed: bool = Field(
+        True, description="new rows of A along the measured gradient, for policy gradient; false: random"
+    )
+    truncate: float = Field(
+        0.0, ge=0.0, lt=1.0, description="energy share of the smallest directions that measuring policies cut off"
+    )
+    track: bool = Field(False, description="log spectra of updates, gradients and representations at every validation")
 
 
 @dataclass(frozen=True)
@@ -54,20 +77,30 @@ class LayerMeasurement:
     projection: Projection
     rank: int
     singular_values: np.ndarray
-    """`(rank,)` singular values of B·A, largest first; empty in steps for which `needs_spectra` is false."""
+    """`(rank,)` singular values of B·A, largest first."""
+    update_values: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """Singular values of the cumulative update B·A - B₀·A₀, largest first; at most twice as many."""
+    demand: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """`(<= probe,)` energy of the gradient along its leading directions outside the factors' spans, as far as two
+    batches agree on it; largest first."""
+
+
+Measured = Literal["product", "update", "demand"]
+"""What a policy may need besides ranks: the three arrays of `LayerMeasurement`."""
 
 
 class Policy(Protocol):
     """A way to decide about ranks."""
 
+    needs: frozenset[Measured]
+    """What must be measured before `targets` is asked; the rest of a `LayerMeasurement` is empty."""
+
     def due(self, step: int) -> bool:
         """Whether ranks may change after `step` steps; `targets` is asked only then."""
 
-    def needs_spectra(self, step: int) -> bool:
-        """Whether `targets` reads singular values at this step."""
-
-    def targets(self, step: int, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
-        """The rank wanted for each layer that should grow, by `Projection.name`, before any limit."""
+    def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
+        """The rank wanted for each layer that should grow, by `Projection.name`, before any limit, the most urgent
+        layer first; `room`: parameters that the budget leaves for new directions."""
 
 
 def in_growth_window(step: int, rank: RankConfig) -> bool:
@@ -75,25 +108,81 @@ def in_growth_window(step: int, rank: RankConfig) -> bool:
     return step >= rank.start_step and (rank.stop_step is None or step <= rank.stop_step)
 
 
+def check_due(step: int, rank: RankConfig) -> bool:
+    """Whether a measuring policy decides after `step` steps."""
+    return step > 0 and in_growth_window(step, rank) and (step - rank.start_step) % rank.check_every == 0
+
+
 def rank_cap(projection: Projection, quantum: int) -> int:
     """Largest multiple of `quantum` at which factoring this layer does not cost more than the dense weight."""
     return projection.break_even_rank // quantum * quantum
 
 
+def direction_cost(projection: Projection) -> int:
+    """Parameters of one direction: a row of A and a column of B."""
+    return projection.in_features + projection.out_features
+
+
+def factor_parameters(layers: Sequence[LayerMeasurement], changed: Mapping[str, int]) -> int:
+    """Parameters of all factors, with the ranks in `changed` instead of the present ones."""
+    return sum(changed.get(layer.projection.name, layer.rank) * direction_cost(layer.projection) for layer in layers)
+
+
+def largest_rank(layer: LayerMeasurement, quantum: int) -> int:
+    """The rank that a layer may have after one event."""
+    doubled = 2 * layer.rank // quantum * quantum
+    return min(doubled, rank_cap(layer.projection, quantum))
+
+
 def limit_growth(
-    targets: Mapping[str, int], layers: Sequence[LayerMeasurement], rank: RankConfig, step: int
+    targets: Mapping[str, int],
+    layers: Sequence[LayerMeasurement],
+    rank: RankConfig,
+    step: int,
+    room: int | None = None,
 ) -> dict[str, int]:
-    """The ranks that layers get after `step` steps, by `Projection.name`; layers that stay as they are are left out."""
+    """The ranks that layers get after `step` steps, by `Projection.name`; layers that stay as they are are left out.
+
+    Where `room` parameters are not enough for all, layers get one quantum after the other in the order of `targets`.
+    """
     if not in_growth_window(step, rank):
         return {}
-    granted = {}
+    by_name = {layer.projection.name: layer for layer in layers}
+    wanted = {
+        name: min(round_up(target, rank.quantum), largest_rank(by_name[name], rank.quantum))
+        for name, target in targets.items()
+    }
+    granted = {name: by_name[name].rank for name in wanted}
+    left = math.inf if room is None else room
+    growing = [name for name in wanted if wanted[name] > granted[name]]
+    while growing:
+        for name in list(growing):
+            # A start off the quantum is mended by the first growth.
+            step_up = rank.quantum - granted[name] % rank.quantum
+            cost = step_up * direction_cost(by_name[name].projection)
+            if cost > left or granted[name] >= wanted[name]:
+                growing.remove(name)
+                continue
+            granted[name] += step_up
+            left -= cost
+    return {name: new for name, new in granted.items() if new > by_name[name].rank}
+
+
+def truncated_ranks(layers: Sequence[LayerMeasurement], rank: RankConfig) -> dict[str, int]:
+    """The lower ranks of layers whose smallest directions hold no more than `rank.truncate` of the energy of B·A.
+
+    A layer whose product is zero has not begun to learn and stays as it is.
+    """
+    lower = {}
     for layer in layers:
-        name = layer.projection.name
-        if name not in targets:
+        energy = layer.singular_values**2
+        if rank.truncate == 0.0 or not energy.sum() > 0.0:
             continue
-        wanted = -(-targets[name] // rank.quantum) * rank.quantum
-        doubled = 2 * layer.rank // rank.quantum * rank.quantum
-        new_rank = min(wanted, doubled, rank_cap(layer.projection, rank.quantum))
-        if new_rank > layer.rank:
-            granted[name] = new_rank
-    return granted
+        tails = np.append(np.cumsum(energy[::-1])[::-1], 0.0)  # tails[k]: energy beyond the first k
+        kept = int(np.argmax(tails <= rank.truncate * energy.sum()))
+        new_rank = round_up(max(kept, 1), rank.quantum)
+        # The balanced basis divides by the singular values it keeps.
+        learned = new_rank < layer.rank and layer.singular_values[new_rank - 1] > _LEARNED * layer.singular_values[0]
+        if learned:
+            lower[layer.projection.name] = new_rank
+    return lower

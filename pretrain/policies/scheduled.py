@@ -7,11 +7,13 @@ same budget.
 from collections.abc import Sequence
 
 from model.config import Projection
-from pretrain.policies.policy import LayerMeasurement, RankConfig, in_growth_window
+from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, in_growth_window
 
 
 class ScheduledPolicy:
     """Every layer goes to the rank of an event after the event's step."""
+
+    needs: frozenset[Measured] = frozenset()
 
     def __init__(self, rank: RankConfig) -> None:
         self._ranks = {event.step: event.rank for event in rank.events}
@@ -19,10 +21,7 @@ class ScheduledPolicy:
     def due(self, step: int) -> bool:
         return step in self._ranks
 
-    def needs_spectra(self, step: int) -> bool:
-        return False
-
-    def targets(self, step: int, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
+    def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         wanted = self._ranks[step]
         return {layer.projection.name: wanted for layer in layers if layer.rank < wanted}
 

@@ -8,13 +8,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from model.config import ModelConfig, factored_projections
-from model.huggingface import (
-    correspondences,
-    dense_tensor,
-    huggingface_config,
-    huggingface_shapes,
-    huggingface_tensors,
-)
+from model.conversion import dense_tensor
+from model.huggingface import correspondences, huggingface_shapes, huggingface_tensors
+from model.huggingface_config import huggingface_config
 from tests.reference import random_tensors, reference_logits, tensor_shapes
 
 END = 3
@@ -53,6 +49,7 @@ PARAMETRIZATIONS = {
     "all": {"parametrization": "factored", "factored_layers": "all"},
     "mlp": {"parametrization": "factored", "factored_layers": "mlp"},
     "dense": {"parametrization": "dense"},
+    "additive": {"parametrization": "additive"},
 }
 
 

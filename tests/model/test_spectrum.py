@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.process_groups import initialize_process_groups, tensor_index
+from model.sharded_norm import mark_sharded
 from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm, singular_values
 from tests.distributed import run
@@ -25,8 +26,10 @@ def _factors(case: str) -> tuple[Tensor, Tensor]:
 def _from_shards(case: str, processes: int) -> tuple[Tensor, float]:
     initialize_process_groups(processes)
     A, B = _factors(case)
-    shard_A = TensorLayout(tuple(A.shape), 1).shard(A, tensor_index(), processes)
-    shard_B = TensorLayout(tuple(B.shape), 0, 2).shard(B, tensor_index(), processes)
+    shard_A = nn.Parameter(TensorLayout(tuple(A.shape), 1).shard(A, tensor_index(), processes).contiguous())
+    shard_B = nn.Parameter(TensorLayout(tuple(B.shape), 0, 2).shard(B, tensor_index(), processes))
+    mark_sharded(shard_A, dim=1)
+    mark_sharded(shard_B, dim=0, stride=2)
     return singular_values(grams(shard_A, shard_B)), row_norm(shard_A)
 
 

@@ -18,7 +18,7 @@ from model.config import ModelConfig, factored_projections
 from model.sharding import TensorLayout
 from pretrain.checkpoint_format import KEYS, MANIFEST_NAME, Fragment
 from pretrain.checkpoint_writer import write_checkpoint
-from tests.reference import random_tensors
+from tests.reference import frozen_names, random_tensors
 
 LAYOUTS = {
     "embedding.weight": TensorLayout((16, 6), dim=0),
@@ -108,7 +108,13 @@ def save_model(root: Path, config: ModelConfig, ranks: dict[str, int], tokenizer
         )
         for name, tensor in tensors.items()
     }
-    states = {(name, key): tensor + KEYS.index(key) for name, tensor in tensors.items() for key in KEYS}
+    frozen = frozen_names(config)
+    states = {
+        (name, key): tensor + KEYS.index(key)
+        for name, tensor in tensors.items()
+        for key in KEYS
+        if key == "master" or name not in frozen
+    }
     return write_checkpoint(
         root,
         step,
@@ -119,6 +125,7 @@ def save_model(root: Path, config: ModelConfig, ranks: dict[str, int], tokenizer
         tensor_size=1,
         keep=2,
         extra_files={"tokenizer.model": tokenizer},
+        frozen=frozen,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.arithmetic import total_parameters
+from model.arithmetic import total_parameters, trained_parameters
 from model.config import ModelConfig
 from model.process_groups import initialize_process_groups
 from pretrain.augmentation import GrowthPlan, _agree_on, _check_logits
@@ -38,7 +38,25 @@ MATRIX = [
     for accumulation in (1, 2)
     if (processes, Case(stage=stage, precision=precision, tensor=tensor, accumulation=accumulation)) not in CASES
 ]
-ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.matrix) for case in MATRIX)]
+FACTORED = {"parametrization": "factored"}
+ADDITIVE = {"parametrization": "additive"}
+FACTORS_ALONE = {"parametrization": "additive", "trained": "factors"}
+ADDITIVE_CASES = [
+    (2, Case(stage=0, tensor=2), ADDITIVE),
+    (2, Case(stage=1, precision="bf16"), FACTORS_ALONE),
+    (4, Case(stage=2, tensor=2, precision="fp16", accumulation=2), ADDITIVE),
+]
+ALL_CASES = [
+    *((*case, FACTORED) for case in CASES),
+    *ADDITIVE_CASES,
+    *(pytest.param(*case, FACTORED, marks=pytest.mark.matrix) for case in MATRIX),
+    *(
+        pytest.param(*case, kind, marks=pytest.mark.matrix)
+        for case in (*CASES, *MATRIX)
+        for kind in ((ADDITIVE, FACTORS_ALONE) if case in CASES else (ADDITIVE,))
+        if (*case, kind) not in ADDITIVE_CASES
+    ),
+]
 
 States = dict[str, dict[str, Tensor]]
 
@@ -55,9 +73,10 @@ def _grown_by_nothing(config: ModelConfig, case: Case) -> tuple[list[tuple[float
     return curve + small.train(STEPS_AFTER), small.logical_state()
 
 
-@pytest.mark.parametrize(("processes", "case"), ALL_CASES)
-def test_growth_by_zero_columns_changes_no_bit(processes: int, case: Case) -> None:
-    config = small_config("llama", "factored", "mlp" if case.accumulation == 2 else "all", hidden_dropout=0.1)
+@pytest.mark.parametrize(("processes", "case", "kind"), ALL_CASES)
+def test_growth_by_zero_columns_changes_no_bit(processes: int, case: Case, kind: dict[str, str]) -> None:
+    layers = "mlp" if case.accumulation == 2 else "all"
+    config = small_config("llama", factored_layers=layers, hidden_dropout=0.1, **kind)
     expected_curve, expected = run(_uninterrupted, processes, config, case)[0]
     curve, found = run(_grown_by_nothing, processes, config, case)[0]
     assert curve == expected_curve
@@ -80,9 +99,9 @@ def _around_growth(
     return before, after, ranks, owned, fresh, curve, optimizer_state(small.engine).counters()["adam_step"]
 
 
-@pytest.mark.parametrize(("processes", "case"), ALL_CASES)
-def test_growth_keeps_every_old_entry(processes: int, case: Case) -> None:
-    config = small_config("gpt2" if case.stage == 2 else "llama", "factored")
+@pytest.mark.parametrize(("processes", "case", "kind"), ALL_CASES)
+def test_growth_keeps_every_old_entry(processes: int, case: Case, kind: dict[str, str]) -> None:
+    config = small_config("gpt2" if case.stage == 2 else "llama", **kind)
     # Layers grow by different amounts, and one not at all.
     new_ranks = {name: 4 + 2 * (place % 3) for place, name in enumerate(uniform_ranks(config, 4)) if place % 3}
     everyone = run(_around_growth, processes, config, case, new_ranks)
@@ -111,19 +130,76 @@ def test_growth_keeps_every_old_entry(processes: int, case: Case) -> None:
                 assert torch.equal(new, old)
 
 
-@pytest.mark.parametrize(("processes", "case"), CASES)
-def test_memory_after_growth_is_what_the_ranks_predict(processes: int, case: Case) -> None:
-    """Every parameter of this model is split, so the sums come out even: bytes of parameters on each process, and
-    twelve bytes a number for master and moments over all of them, but for ZeRO's padding to an even partition."""
-    config = small_config("llama", "factored")
+@pytest.mark.parametrize(
+    ("processes", "case", "kind"),
+    [
+        *((*case, FACTORED) for case in CASES),
+        (2, Case(stage=1, precision="bf16"), ADDITIVE),
+        (2, Case(stage=2), FACTORS_ALONE),
+    ],
+)
+def test_memory_after_growth_is_what_the_ranks_predict(processes: int, case: Case, kind: dict[str, str]) -> None:
+    """Every parameter of these models is split, or there is one tensor-parallel process, so the sums come out even:
+    bytes of parameters on each process, and twelve bytes a trained number for master and moments over all of them, but
+    for ZeRO's padding to an even partition."""
+    config = small_config("llama", **kind)
     everyone = run(_around_growth, processes, config, case, uniform_ranks(config, 8))
     numbers = total_parameters(config, uniform_ranks(config, 8))
+    trained = trained_parameters(config, uniform_ranks(config, 8))
     for _, _, ranks, owned, fresh, _, _ in everyone:
         assert ranks == uniform_ranks(config, 8)
         assert owned == fresh
         assert owned["parameters"] == numbers // case.tensor * (4 if case.precision == "fp32" else 2)
     state_bytes = sum(result[3]["state"] for result in everyone)
-    assert 12 * numbers <= state_bytes <= 12 * (numbers + 64 * processes)
+    assert 12 * trained <= state_bytes <= 12 * (trained + 64 * processes)
+
+
+def _around_truncation(config: ModelConfig, case: Case) -> tuple[States, States, States, list[tuple[float, float]]]:
+    small = SmallRun(config, uniform_ranks(config, 6), case)
+    small.train(STEPS_BEFORE)
+    before = small.logical_state()
+    small.grow(uniform_ranks(config, 4))
+    after = small.logical_state()
+    small.grow(uniform_ranks(config, 6))
+    grown = small.logical_state()
+    return before, after, grown, small.train(STEPS_AFTER)
+
+
+@pytest.mark.parametrize(
+    ("processes", "case", "parametrization"),
+    [
+        (1, Case(stage=0), "factored"),
+        (2, Case(stage=2), "factored"),
+        (2, Case(stage=1, tensor=2, precision="bf16"), "factored"),
+        (2, Case(stage=1, tensor=2), "additive"),
+    ],
+)
+def test_truncation_keeps_the_best_of_the_product_and_turns_the_moments(
+    processes: int, case: Case, parametrization: str
+) -> None:
+    """Cut from 6 to 4, the product is the best of rank 4, and both factors' first moments have turned with them: what
+    is left of B·m_A + m_B·A, the product's own movement, lies in the spans that were kept."""
+    config = small_config("llama", parametrization)
+    before, after, grown, curve = run(_around_truncation, processes, config, case)[0]
+    tolerance = 3e-2 if case.precision == "bf16" else 1e-4  # the basis comes from the 16-bit factors
+    for name in uniform_ranks(config, 4):
+        A, B, new_A, new_B = (s["master"][f"{name}.{side}"].double() for s in (before, after) for side in "AB")
+        U, S, Vt = torch.linalg.svd(B @ A, full_matrices=False)
+        best = U[:, :4] * S[:4] @ Vt[:4]
+        assert (new_B @ new_A - best).norm() <= tolerance * best.norm() + 1e-9
+        m_A, m_B, new_m_A, new_m_B = (s["exp_avg"][f"{name}.{side}"].double() for s in (before, after) for side in "AB")
+        # m_B' = m_B T⁻ᵀ and A' = T⁻¹ A, so m_B' A' = m_B T⁻ᵀ T⁻¹ A; and likewise for B.
+        T_inverse = new_A @ torch.linalg.pinv(A)
+        T = torch.linalg.pinv(B) @ new_B
+        assert (new_m_B - m_B @ T_inverse.T).norm() <= 3 * tolerance * new_m_B.norm() + 1e-12
+        assert (new_m_A - T.T @ m_A).norm() <= 3 * tolerance * new_m_A.norm() + 1e-12
+        for side, turn in (("A", T.T.square()), ("B", T_inverse.T.square())):
+            old, new = (s["exp_avg_sq"][f"{name}.{side}"].double() for s in (before, after))
+            expected = turn @ old if side == "A" else old @ turn
+            assert (new - expected).norm() <= 3 * tolerance * new.norm() + 1e-15
+            assert (new >= 0).all()
+        assert torch.equal(grown["master"][f"{name}.A"][:4], after["master"][f"{name}.A"])
+    assert all(loss == loss for loss, _ in curve)
 
 
 def _compare(change: float) -> str:
@@ -170,8 +246,9 @@ def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int]
     return engines, hooks, resident
 
 
-def test_twenty_events_leave_nothing_behind() -> None:
-    config = small_config("llama", "factored", hidden=256, vocabulary=4000)
+@pytest.mark.parametrize("kind", [FACTORED, pytest.param(FACTORS_ALONE, marks=pytest.mark.matrix)])
+def test_twenty_events_leave_nothing_behind(kind: dict[str, str]) -> None:
+    config = small_config("llama", hidden=256, vocabulary=4000, **kind)
     for engines, hooks, resident in run(_many_events, 2, config, 20, timeout_seconds=300):
         assert engines == [1] * 20
         assert hooks == [hooks[0]] * 20

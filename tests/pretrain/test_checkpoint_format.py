@@ -45,6 +45,15 @@ def test_tilings(layout: TensorLayout, tensor_size: int, spans: list[tuple[int, 
     check_coverage({"w": layout}, tensor_size, pieces_of("w", *spans))
 
 
+def test_a_frozen_parameter_has_a_master_alone() -> None:
+    layouts, pieces = {"w": TensorLayout((4,))}, pieces_of("w", (0, 0, 4))
+    check_coverage(layouts, 1, pieces[:1], {"w"})
+    with pytest.raises(CheckpointError, match=r"exp_avg of w .* belongs to no parameter"):
+        check_coverage(layouts, 1, pieces, {"w"})
+    with pytest.raises(CheckpointError, match=r"master of w .* has 0 numbers"):
+        check_coverage(layouts, 1, [], {"w"})
+
+
 @pytest.mark.parametrize(
     ("layout", "tensor_size", "pieces", "words"),
     [

@@ -98,6 +98,22 @@ def test_a_fragment_may_be_a_strided_view(tmp_path: Path) -> None:
     assert torch.equal(reader.read("w", "exp_avg"), wide[:, 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_frozen_parameter_is_kept_without_moments(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.linspace(-1, 1, 6).to(dtype)
+    layouts = {"w": TensorLayout((6,)), "trained": TensorLayout((2,))}
+    trained = [Fragment("trained", key, 0, torch.zeros(2)) for key in KEYS]
+    frozen = Fragment("w", "master", 0, values)
+    reader = CheckpointReader(save(tmp_path, 1, fragments=[*trained, frozen], layouts=layouts, frozen={"w"}))
+    reader.verify()
+    assert reader.frozen == {"w"}
+    assert torch.equal(reader.read("w"), values.float())
+    with pytest.raises(CheckpointError, match="holds no exp_avg of w, which was frozen"):
+        reader.read("w", "exp_avg")
+    with pytest.raises(CheckpointError, match=r"exp_avg of w .* has 0 numbers and should have 6"):
+        save(tmp_path, 2, fragments=[*trained, frozen], layouts=layouts)
+
+
 # Failures that a process survives -------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,7 @@ def test_a_config_that_is_not_there_is_refused_with_what_is(name):
         ("schedule.warmup_steps=1000", "schedule.warmup_steps 1000 leaves nothing of train.steps 1000"),
         ("rank.initial=129", "rank.initial 129 is above the break-even rank 128"),
         ("model.parametrization=sparse", "model.parametrization is 'sparse'"),
+        ("model.trained=factors", "this one is factored: set model.parametrization=additive, or leave model.trained"),
     ],
 )
 def test_mistakes_in_settings_are_one_sentence_with_path_and_value(tmp_path, override, words):

@@ -23,6 +23,7 @@ GPT2 = ModelConfig(
     factored_layers="mlp",
 )  # fmt: skip
 GPT2_RANKS = {projection.name: 3 for projection in factored_projections(GPT2)}
+ADDITIVE = CONFIG.model_copy(update={"parametrization": "additive"})
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("config", "ranks"), [(CONFIG, RANKS), (GPT2, GPT2_RANKS)])
+@pytest.mark.parametrize(("config", "ranks"), [(CONFIG, RANKS), (GPT2, GPT2_RANKS), (ADDITIVE, RANKS)])
 def test_equals_the_logical_tensors(
     tmp_path: Path, tokenizer: Path, config: ModelConfig, ranks: dict[str, int]
 ) -> None:

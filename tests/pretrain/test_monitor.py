@@ -189,6 +189,22 @@ def test_summary_is_shown_and_kept(tmp_path, capsys):
     assert "validation loss 1.5000" in capsys.readouterr().out
 
 
+def test_a_masked_run_shows_its_accuracy(tmp_path, capsys):
+    masked = parse_config(CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | {"objective": "mlm"}})
+    monitor = Monitor(tmp_path, masked, RANKS, active=True)
+    monitor.validation(5, 2.5, accuracy=0.25)
+    summary = {"step": 20, "lm_loss": 2.0, "validation_loss": 1.5, "skipped_steps": 0, "checkpoint": tmp_path / "one"}
+    monitor.summary(summarize(masked, RANKS, [], accuracy=0.5, **summary))
+    monitor.close()
+    events = tensorboard(tmp_path)
+    assert events.Scalars("validation/accuracy")[0].value == 0.25
+    assert "validation/bits_per_byte" not in events.Tags()["scalars"]
+    shown = capsys.readouterr().out
+    assert "validation loss 1.5000, pseudo-perplexity 4.48, 50.0 % of the hidden tokens found" in shown
+    assert "consolidate_checkpoint.py" in shown
+    assert "densify_checkpoint.py" not in shown
+
+
 def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, capsys):
     (tmp_path / "taken").touch()
     monitor = opened(tmp_path / "taken" / "run")

@@ -8,11 +8,14 @@ from pretrain.policies import (
     LayerMeasurement,
     RankConfig,
     RankEvent,
+    affordable_parameters,
     build_policy,
     check_rank_config,
     limit_growth,
     rank_cap,
+    truncated_ranks,
 )
+from pretrain.policies.excess_explained_ratio import ROUNDING, used_rank
 from pretrain.policies.explained_ratio import explained_ratio, explaining_rank, untrained_ranks
 
 WIDE = Projection("wide", 0, "fc1", 64, 192, True, True, False)  # breaks even at 48
@@ -66,17 +69,17 @@ def test_cap_is_a_multiple_of_the_quantum_that_does_not_cost_more_than_dense():
 
 
 def test_fixed_never_grows():
-    policy = build_policy(RankConfig())
-    assert not any(policy.due(step) or policy.needs_spectra(step) for step in range(200))
-    assert policy.targets(100, [layer(16)]) == {}
+    policy = build_policy(RankConfig(), 1000)
+    assert not any(policy.due(step) for step in range(200))
+    assert policy.targets(100, [layer(16)], None) == {}
 
 
 def test_schedule_grows_at_its_events_only():
     rank = RankConfig(policy="schedule", initial=16, events=(RankEvent(step=5, rank=32), RankEvent(step=9, rank=48)))
-    policy = build_policy(rank)
+    policy = build_policy(rank, 1000)
     assert [step for step in range(20) if policy.due(step)] == [5, 9]
-    assert not policy.needs_spectra(5)
-    assert policy.targets(5, [layer(16), layer(32, SQUARE)]) == {"wide": 32}
+    assert not policy.needs
+    assert policy.targets(5, [layer(16), layer(32, SQUARE)], None) == {"wide": 32}
 
 
 # Explained ratio ------------------------------------------------------------------------------------------------------
@@ -98,20 +101,19 @@ def test_explaining_rank_scans_from_the_used_rank_over_the_buffer():
 
 
 def test_explained_ratio_grows_a_flat_spectrum_and_leaves_a_steep_one():
-    policy = build_policy(RankConfig(policy="explained_ratio", initial=16, buffer=8, threshold=0.9))
+    policy = build_policy(RankConfig(policy="explained_ratio", initial=16, buffer=8, threshold=0.9), 1000)
     steep = 10.0 * 0.3 ** np.arange(16)
-    assert policy.targets(100, [layer(16, WIDE, np.ones(16)), layer(16, SQUARE, steep)]) == {"wide": 23}
+    assert policy.targets(100, [layer(16, WIDE, np.ones(16)), layer(16, SQUARE, steep)], None) == {"wide": 23}
 
 
 def test_explained_ratio_is_due_every_so_often_inside_its_window():
     rank = RankConfig(
         policy="explained_ratio", initial=32, buffer=8, check_every=10, start_step=15, stop_step=40, threshold=0.9
     )
-    policy = build_policy(rank)
+    policy = build_policy(rank, 1000)
     due = [step for step in range(100) if policy.due(step)]
     assert due == [15, 25, 35]
-    assert [step for step in range(100) if policy.needs_spectra(step)] == due
-    assert not build_policy(RankConfig(policy="explained_ratio")).due(0)
+    assert not build_policy(RankConfig(policy="explained_ratio"), 1000).due(0)
 
 
 def test_untrained_factors_have_a_fixed_point():
@@ -160,6 +162,16 @@ MODEL = ModelConfig(layers=1, hidden=64, heads=4, ffn=192, family="gpt2")  # pro
         ({"policy": "schedule", "initial": 16}, "set rank.events"),
         ({"policy": "explained_ratio", "initial": 16, "buffer": 16}, "16 - 16 leaves none"),
         ({"initial": 16, "start_step": 5, "stop_step": 4}, "rank.stop_step 4 is before"),
+        ({"initial": 16, "budget": 0.5}, "rank.budget 0.5 is for policies that decide by themselves"),
+        ({"initial": 16, "truncate": 0.1}, "rank.truncate 0.1 is for policies that measure"),
+        ({"initial": 16, "budget_unit": "flops"}, "there is no budget: set rank.budget"),
+        (
+            {"policy": "gradient", "initial": 16, "budget": 0.25},
+            "rank.budget 0.25 allows 10,240 parameters in factored layers, and rank.initial 16 starts with 14,336",
+        ),
+        ({"policy": "gradient", "initial": 16, "probe": 49}, "rank.probe 49 is wider than what rank.initial 16 leaves"),
+        ({"policy": "gradient", "initial": 16, "probe": 8}, "fewer directions than one rank.quantum 16"),
+        ({"policy": "gradient", "initial": 16, "check_every": 2}, "rank.check_every 2 leaves no 3 steps"),
     ],
 )
 def test_rank_settings_that_cannot_work_are_refused(settings, words):
@@ -193,3 +205,102 @@ def test_dense_models_have_nothing_to_grow():
     with pytest.raises(ValueError, match="nothing to grow in a dense model"):
         check_rank_config(RankConfig(policy="explained_ratio"), [], 100)
     check_rank_config(RankConfig(initial=10_000), [], 100)
+
+
+# Excess explained ratio -----------------------------------------------------------------------------------------------
+
+
+def learned(rank: int, update: object, demand: object = (), projection: Projection = WIDE) -> LayerMeasurement:
+    """A layer with a flat product of size one and the given update and demand."""
+    return LayerMeasurement(
+        projection, rank, np.ones(rank), np.asarray(update, dtype=float), np.asarray(demand, dtype=float)
+    )
+
+
+def test_used_rank_counts_the_directions_of_the_update_above_rounding():
+    assert used_rank(learned(8, [3.0, 3.0, 3.0, 0.1, 0.1]), 0.9) == 3
+    assert used_rank(learned(8, np.ones(16)), 0.9) == 15
+    assert used_rank(learned(8, np.zeros(16)), 0.9) == 0
+    assert used_rank(learned(8, np.full(16, ROUNDING)), 0.9) == 0  # of a product of size one
+    assert used_rank(LayerMeasurement(WIDE, 4, np.zeros(4), np.zeros(4)), 0.9) == 0  # additive, at its start
+
+
+def test_excess_explained_ratio_grows_what_is_used_up_the_fullest_first():
+    policy = build_policy(RankConfig(policy="excess_explained_ratio", initial=8, buffer=4), 1000)
+    full, fuller = learned(8, np.ones(10)), learned(8, np.ones(16), projection=SQUARE)
+    assert list(policy.targets(100, [full, fuller], None).items()) == [("square", 19), ("wide", 13)]
+    assert policy.targets(100, [learned(8, [1.0] * 7 + [0.0] * 9)], None) == {}
+    assert policy.targets(100, [learned(8, np.zeros(16))], None) == {}
+
+
+# Gradient -------------------------------------------------------------------------------------------------------------
+
+
+def gradient_policy(**settings: object):
+    rank = {"policy": "gradient", "initial": 8, "quantum": 4, "probe": 8, "check_every": 10, "budget": 1.0, **settings}
+    return build_policy(RankConfig.model_validate(rank), 100)
+
+
+def test_gradient_grants_the_quanta_that_are_worth_most():
+    used = np.ones(16)
+    wide = learned(8, used, [9.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1])  # 12 and 0.4 over 4 x 256 parameters
+    square = learned(8, used, [4.0, 1.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0], SQUARE)  # 5 and 4 over 4 x 128
+    one_left = {"stop_step": 10}
+    assert gradient_policy(**one_left).targets(10, [wide, square], 1024 + 512) == {"wide": 12, "square": 12}
+    assert gradient_policy(**one_left).targets(10, [wide, square], 1024) == {"wide": 12}
+    assert gradient_policy(**one_left).targets(10, [wide, square], 1023) == {"square": 12}
+    assert gradient_policy(**one_left).targets(10, [wide, square], 10_000) == {"wide": 16, "square": 16}
+
+
+def test_gradient_spreads_its_budget_over_the_decisions_left():
+    layer = learned(8, np.ones(16), np.ones(8), SQUARE)
+    policy = gradient_policy(stop_step=40)  # decisions at 10, 20, 30 and 40
+    assert policy.targets(10, [layer], 4 * 512) == {"square": 12}
+    assert policy.targets(30, [layer], 4 * 512) == {"square": 16}
+    assert policy.targets(10, [layer], 4 * 512 - 1) == {}
+
+
+def test_gradient_asks_only_for_layers_that_use_what_they_have_and_want_more():
+    policy = gradient_policy(stop_step=10)
+    idle, sated = learned(8, [1.0] * 3 + [0.0] * 13, np.ones(8)), learned(8, np.ones(16), [], SQUARE)
+    assert policy.targets(10, [idle, sated], 10_000) == {}
+    without_budget = gradient_policy(budget=None)
+    assert without_budget.targets(10, [learned(8, np.ones(16), np.ones(8))], None) == {"wide": 12}
+
+
+# Budget and truncation ------------------------------------------------------------------------------------------------
+
+
+def test_growth_stops_where_the_room_ends_quantum_by_quantum():
+    layers = [layer(16), layer(16, SQUARE)]  # 8 x 256 and 8 x 128 parameters a quantum
+    rank = RankConfig(quantum=8)
+    targets = {"square": 32, "wide": 32}
+    assert limit_growth(targets, layers, rank, 5, 0) == {}
+    assert limit_growth(targets, layers, rank, 5, 1024) == {"square": 24}
+    assert limit_growth(targets, layers, rank, 5, 1024 + 2048) == {"square": 24, "wide": 24}
+    assert limit_growth(targets, layers, rank, 5, 2 * 1024 + 2048) == {"square": 32, "wide": 24}
+
+
+def test_budget_in_parameters_and_in_flops_of_the_whole_run():
+    dense = 64 * 192 + 64 * 64
+    parts = [WIDE, SQUARE]
+    parameters = RankConfig(budget=0.5)
+    assert affordable_parameters(parameters, parts, {"wide": 8, "square": 8}, [], {}, 100, 50) == dense // 2
+    assert affordable_parameters(RankConfig(), parts, {"wide": 8, "square": 8}, [], {}, 100, 50) is None
+    flops = RankConfig(budget=0.5, budget_unit="flops")
+    # 40 of 100 steps at rank 8, 10 at 16: what they left of half of the dense run's is for the other 50.
+    growth = [{"step": 40, "before": {"wide": 8, "square": 8}, "after": {"wide": 16, "square": 16}}]
+    samples = {step: 3 * step for step in (40, 50, 100)}
+    cost = 64 + 192 + 64 + 64
+    expected = (0.5 * dense * 100 - 8 * cost * 40 - 16 * cost * 10) / 50
+    now = {"wide": 16, "square": 16}
+    assert affordable_parameters(flops, parts, now, growth, samples, 100, 50) == int(expected)
+
+
+def test_truncation_cuts_the_tail_that_holds_no_energy():
+    rank = RankConfig(policy="gradient", quantum=4, truncate=0.01)
+    steep = layer(16, WIDE, [1.0] * 5 + [1e-3] * 11)
+    assert truncated_ranks([steep, layer(16, SQUARE)], rank) == {"wide": 8}
+    assert truncated_ranks([steep], rank.model_copy(update={"truncate": 0.0})) == {}
+    assert truncated_ranks([layer(16, WIDE, np.zeros(16))], rank) == {}  # has not begun to learn
+    assert truncated_ranks([layer(16, WIDE, [1.0] * 5 + [0.0] * 11)], rank) == {}  # nothing to divide by

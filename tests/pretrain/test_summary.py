@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from model.arithmetic import total_parameters, training_flops_per_token
+from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
+from model.config import factored_projections
 from pretrain.config import parse_config
 from pretrain.summary import dense_flops_ratio, executed_flops, perplexity, summarize, summary_text
+from tests.reference import frozen_names, tensor_shapes
 
 CONFIG = parse_config(
     {
@@ -46,6 +48,34 @@ def test_a_dense_run_costs_what_the_dense_model_costs():
     executed, dense = executed_flops(CONFIG, {}, [], 10)
     assert executed == dense
     assert dense_flops_ratio(CONFIG, {}) == 1.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", ["all", "mlp"])
+def test_an_additive_model_is_the_dense_one_and_its_factors(family, layers):
+    changes = {"family": family, "parametrization": "additive", "factored_layers": layers}
+    config = CONFIG.model.model_copy(update=changes)
+    ranks = {layer.name: 8 + layer.layer for layer in factored_projections(config)}
+    frozen = sum(layer.in_features * layer.out_features for layer in factored_projections(config))
+    factors = sum(ranks[p.name] * (p.in_features + p.out_features) for p in factored_projections(config))
+    dense, dense_flops = total_parameters(config, {}), training_flops_per_token(config, {})
+    assert total_parameters(config, ranks) == dense + factors
+    assert trained_parameters(config, ranks) == dense + factors - frozen
+    assert training_flops_per_token(config, ranks) == dense_flops - 2 * frozen + 6 * factors
+    factors_alone = config.model_copy(update={"trained": "factors"})
+    shapes = tensor_shapes(factors_alone, ranks)
+    assert trained_parameters(factors_alone, ranks) == factors
+    assert factors == sum(math.prod(shapes[name]) for name in shapes.keys() - frozen_names(factors_alone))
+    assert training_flops_per_token(factors_alone, ranks) < training_flops_per_token(config, ranks)
+
+
+def test_summary_tells_trained_from_frozen(tmp_path):
+    config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"parametrization": "additive"})})
+    facts = summarize(config, START, [], step=9, lm_loss=3.0, validation_loss=None, skipped_steps=0, checkpoint=None)
+    total, trained = total_parameters(config.model, START), trained_parameters(config.model, START)
+    share = 100 * total / total_parameters(config.model, {})
+    expected = f"parameters {total:,} ({trained:,} trained, the others frozen): {share:.1f} % of the dense model's"
+    assert expected in summary_text(facts, tmp_path)
 
 
 def test_perplexity_does_not_overflow():

@@ -18,7 +18,17 @@ from tools.documents import find_files, read_documents
 from tools.train_tokenizer import train_tokenizer, write_tokenizer
 
 VOCABULARY = {"bpe": 2000, "unigram": 1500}
-SPECIAL_STRINGS = ["<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "<0xE2>", "<|endoftext|>", "<|end of document|>"]
+SPECIAL_STRINGS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<mask>",
+    "<0x0A>",
+    "<0xE2>",
+    "<|endoftext|>",
+    "<|end of document|>",
+]
 ADVERSARIAL = [
     *(f"a{special}b {special} {special}{special}\n{special}" for special in SPECIAL_STRINGS),
     "",
@@ -143,6 +153,37 @@ def test_end_of_document_is_known_by_id_alone(trained: SimpleNamespace) -> None:
     assert exported.decode(ids, skip_special_tokens=True) == "one two"
     assert exported.decode(ids) == f"one{END_OF_DOCUMENT} two{END_OF_DOCUMENT}".replace(SPACE, " ")
     assert exported("one")["input_ids"] == tokenizer.encode("one")  # nothing is added in front or behind
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_mask_token_is_known_by_id_alone(tmp_path: Path, kind: str) -> None:
+    """In both forms of the tokenizer; `<mask>` inside a text is text, also in the text it was trained on."""
+    (tmp_path / "masks.txt").write_text("a <mask> in a text, <mask><mask>\n" * 500)
+    files = [tmp_path / "masks.txt", *find_files(["stdlib"])[::60]]
+    tokenizer = write_tokenizer(train_tokenizer(files, kind=kind, vocabulary=600, mask_token=True), tmp_path / "model")
+    export_tokenizer(tokenizer, tmp_path, sequence_length=128)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.vocabulary == len(exported) == 600
+    assert tokenizer.mask is not None
+    assert tokenizer.mask == exported.mask_token_id != tokenizer.end_of_document
+    assert not tokenizer.ordinary_tokens()[tokenizer.mask]
+    assert tokenizer.byte_lengths()[tokenizer.mask] == 0
+    for text in [*ADVERSARIAL, "<mask>", " <mask>", "a<mask><mask> b\n<mask>", "<mas", "k>"]:
+        ids = tokenizer.encode(text)
+        assert exported(text)["input_ids"] == ids
+        assert tokenizer.mask not in ids
+        assert tokenizer.decode(ids) == exported.decode(ids) == text
+    hidden = [*tokenizer.encode("one"), tokenizer.mask, *tokenizer.encode(" two")]
+    assert tokenizer.decode(hidden) == exported.decode(hidden, skip_special_tokens=True) == "one two"
+    assert exported.decode(hidden) == "one<mask> two"
+
+
+def test_a_tokenizer_has_a_mask_token_only_if_asked(trained: SimpleNamespace, tmp_path: Path) -> None:
+    assert trained.tokenizer.mask is None
+    assert trained.exported.mask_token is None
+    model = sentencepiece_model_pb2.ModelProto.FromString((trained.folder / "tokenizer.model").read_bytes())
+    next(piece for piece in model.pieces if piece.piece == "self").piece = "<mask>"
+    refuse(model, tmp_path, "its piece <mask> is no control token")
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()], ids=["llama", "gpt2"])

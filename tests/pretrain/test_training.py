@@ -44,7 +44,7 @@ LAYOUTS = [(2, 2, 0), (2, 2, 2), (4, 4, 1), (4, 2, 2), (2, 1, 1)]
 ALL_LAYOUTS = [
     *LAYOUTS,
     *(
-        pytest.param(data * tensor, tensor, stage, marks=pytest.mark.matrix)
+        (data * tensor, tensor, stage)
         for data in (1, 2)
         for tensor in (1, 2, 4)
         for stage in (0, 1, 2)
@@ -53,17 +53,31 @@ ALL_LAYOUTS = [
 ]
 VARIANTS = [("llama", "factored", "all"), ("gpt2", "factored", "mlp")]
 ALL_VARIANTS = [
-    *VARIANTS,
+    (family, parametrization, factored_layers)
+    for family in ("llama", "gpt2")
+    for parametrization, factored_layers in (
+        ("factored", "all"),
+        ("factored", "mlp"),
+        ("additive", "all"),
+        ("additive", "mlp"),
+        ("dense", "all"),
+    )
+]
+CURVES = [
+    *((variant, layout) for variant in VARIANTS for layout in LAYOUTS),
+    (("llama", "additive", "all"), (4, 4, 1)),
+    (("llama", "additive", "all"), (4, 2, 2)),
+]
+ALL_CURVES = [
+    *CURVES,
     *(
-        pytest.param(*variant, marks=pytest.mark.matrix)
-        for variant in (
-            ("gpt2", "factored", "all"),
-            ("llama", "factored", "mlp"),
-            ("llama", "dense", "all"),
-            ("gpt2", "dense", "all"),
-        )
+        pytest.param(variant, layout, marks=pytest.mark.matrix)
+        for variant in ALL_VARIANTS
+        for layout in ALL_LAYOUTS
+        if (variant, layout) not in CURVES
     ),
 ]
+"""Variant and layout; by default a sample that spans both."""
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +106,16 @@ def _twenty_steps(family: str, parametrization: str, factored_layers: str) -> di
     return sections
 
 
-@pytest.mark.parametrize(("processes", "tensor", "stage"), ALL_LAYOUTS)
-@pytest.mark.parametrize(("family", "parametrization", "factored_layers"), ALL_VARIANTS)
+@pytest.mark.parametrize(("variant", "layout"), ALL_CURVES)
 def test_every_layout_gives_the_same_curve(
-    corpus: Path,
-    tmp_path: Path,
-    alone: Any,
-    family: str,
-    parametrization: str,
-    factored_layers: str,
-    processes: int,
-    tensor: int,
-    stage: int,
+    corpus: Path, tmp_path: Path, alone: Any, variant: tuple[str, str, str], layout: tuple[int, int, int]
 ) -> None:
     """Losses and gradient norms of 20 steps with two augmentations."""
-    sections = _twenty_steps(family, parametrization, factored_layers)
+    processes, tensor, stage = layout
+    sections = _twenty_steps(*variant)
     overrides = [f"parallel.tensor={tensor}", f"deepspeed.stage={stage}"]
     found = curve(_train(corpus, tmp_path / "run", processes, *overrides, **sections))
-    expected = alone(family, parametrization, factored_layers)
+    expected = alone(*variant)
     assert [line["step"] for line in found] == list(range(1, 21))
     for mine, other in zip(found, expected, strict=True):
         assert mine["mean_rank"] == other["mean_rank"]
@@ -188,22 +194,44 @@ def _cut_back(folder: Path, copy: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+GRADIENT = {
+    "rank.policy": "gradient",
+    "rank.events": [],
+    "rank.check_every": 4,
+    "rank.probe": 4,
+    "rank.budget": 0.9,
+    "rank.truncate": 0.001,
+}
+"""Decides at steps 4 and 8, and measures in the three steps before each."""
+
 RESUMES = [
+    ({"parallel.tensor": 2, **GRADIENT}, "llama"),
+    ({"deepspeed.stage": 2, "train.precision": "bf16", "model.parametrization": "additive", **GRADIENT}, "gpt2"),
     ({"parallel.tensor": 2, "deepspeed.stage": 1}, "llama"),
     ({"parallel.tensor": 1, "deepspeed.stage": 2, "train.precision": "bf16"}, "gpt2"),
     ({"parallel.tensor": 1, "deepspeed.stage": 0}, "gpt2"),
+    ({"parallel.tensor": 2, "train.precision": "bf16", "model.parametrization": "additive"}, "gpt2"),
+    pytest.param(
+        {"deepspeed.stage": 2, "model.parametrization": "additive", "model.trained": "factors"},
+        "llama",
+        marks=pytest.mark.matrix,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("settings", "family"), RESUMES)
 def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: dict[str, Any], family: str) -> None:
-    """From right before an event (4), right after it (5), several events before the end (2), and between (9)."""
+    """From right before an event (4), right after it (5), several events before the end (2), and between (9); with
+    policy gradient also from the midst of a measurement (2, 7)."""
     overrides = [f"{key}={value}" for key, value in settings.items()] + ["checkpoint.every=1"]
     sections = {"model": {"family": family, "hidden_dropout": 0.1, "attention_dropout": 0.1}}
     whole = _train(corpus, tmp_path / "whole", 2, *overrides, **sections)
     expected = curve(whole)
     final = CheckpointReader(whole / "checkpoints" / "step_000000012")
-    for step in (2, 4, 5, 9):
+    if settings.get("rank.policy") == "gradient":
+        assert final.state["growth"]
+        assert (whole / "checkpoints" / "step_000000007" / "probe.safetensors").exists()
+    for step in (2, 7) if settings.get("rank.policy") == "gradient" else (2, 4, 5, 9):
         again = tmp_path / f"from_{step}"
         _cut_back(whole, again, step)
         _train(corpus, again, 2, *overrides, **sections)
@@ -211,7 +239,7 @@ def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: di
         found = CheckpointReader(again / "checkpoints" / "step_000000012")
         assert found.state["ranks"] == final.state["ranks"]
         for name in final.layouts:
-            for key in KEYS:
+            for key in ("master",) if name in final.frozen else KEYS:
                 assert torch.equal(found.read(name, key), final.read(name, key)), f"{key} of {name} from step {step}"
 
 

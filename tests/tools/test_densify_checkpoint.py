@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.consolidated import ConsolidatedModel
-from pretrain.dense_export import TOLERANCES, compare_with_export, comparison_tokens, write_dense_export
+from pretrain.dense_export import compare_with_export, write_dense_export
 from pretrain.errors import CheckpointError, run_command
+from pretrain.logit_comparison import TOLERANCES, comparison_tokens
 from pretrain.tokenizer import Tokenizer
 from tests.consolidated_folder import FAMILIES, PARAMETRIZATIONS, TEXT, random_consolidated, small_tokenizer
 from tests.reference import reference_logits

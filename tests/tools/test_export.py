@@ -24,12 +24,28 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize(("family", "factored_layers"), [("llama", "all"), ("gpt2", "all"), ("gpt2", "mlp")])
+@pytest.mark.parametrize(
+    ("family", "parametrization", "factored_layers"),
+    [
+        ("llama", "factored", "all"),
+        ("gpt2", "factored", "all"),
+        ("gpt2", "factored", "mlp"),
+        ("llama", "additive", "all"),
+        pytest.param("gpt2", "additive", "all", marks=pytest.mark.matrix),
+        pytest.param("gpt2", "additive", "mlp", marks=pytest.mark.matrix),
+    ],
+)
 def test_dense_export_is_the_training_model(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, factored_layers: str, tensor: int
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    parametrization: str,
+    factored_layers: str,
+    tensor: int,
 ) -> None:
     sections: dict[str, dict[str, Any]] = {
-        "model": {"family": family, "factored_layers": factored_layers},
+        "model": {"family": family, "parametrization": parametrization, "factored_layers": factored_layers},
         "deepspeed": {"stage": tensor},
     }
     config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run", **sections)

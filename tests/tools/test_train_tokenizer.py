@@ -76,6 +76,8 @@ def test_tool_writes_a_tokenizer(
         call(monkeypatch, *arguments)
     call(monkeypatch, *arguments, "--overwrite")
     assert output.read_bytes() == before
+    call(monkeypatch, *arguments, "--overwrite", "--mask-token")
+    assert (Tokenizer(output).vocabulary, Tokenizer(output).mask) == (380, 2)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -86,6 +88,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         call(monkeypatch, "--input", text, *output, "--vocabulary", 5000)
     with pytest.raises(DataError, match=r"--vocabulary is 300, and .* take 352: raise --vocabulary"):
         call(monkeypatch, "--input", text, *output, "--vocabulary", 300)
+    with pytest.raises(DataError, match=r"--vocabulary is 352, and .* take 353: raise --vocabulary"):
+        call(monkeypatch, "--input", text, *output, "--vocabulary", 352, "--mask-token")
     with pytest.raises(DataError, match="--sample-chunks is 0"):
         call(monkeypatch, "--input", text, *output, "--sample-chunks", 0)
     with pytest.raises(DataError, match="does not exist: change --input"):

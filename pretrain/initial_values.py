@@ -1,0 +1,113 @@
+"""The values a run started from: drawn from its seed, or read from the consolidated folder it began with.
+
+Nothing of them is saved in a checkpoint. They are the reference of every cumulative update, W - W₀.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.conversion import parameter_shapes
+from model.gpt import EspalierModel, build_model, tensor_layouts
+from model.initialization import initial_tensor
+from model.process_groups import tensor_index, tensor_size
+from model.sharding import TensorLayout
+from pretrain.config import RunConfig, differing_architecture
+from pretrain.consolidated import ConsolidatedModel
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.tokenizer import Tokenizer
+
+
+class InitialValues:
+    """Reads one parameter's first value at a time."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._model, self._seed = config.model, config.run.seed
+        start_from = config.checkpoint.start_from
+        self._folder = None if start_from is None else ConsolidatedModel(Path(start_from))
+
+    @property
+    def ranks(self) -> Mapping[str, int] | None:
+        """Ranks at the start where a folder decides about them; None: `rank.initial`."""
+        return None if self._folder is None else self._folder.ranks
+
+    def shard(self, name: str, layout: TensorLayout) -> Tensor:
+        """This process's part of parameter `name`, fp32, on the CPU; `layout` has the full shape at the start."""
+        if self._folder is not None:
+            full = self._folder.read(name)
+        else:
+            full = initial_tensor(self._model, name, layout.full_shape, self._seed)
+        return layout.shard(full, tensor_index(), tensor_size())
+
+
+@torch.no_grad()
+def initial_model(config: RunConfig) -> EspalierModel:
+    """This process's shard of the model at step 0."""
+    values = InitialValues(config)
+    model = build_model(config.model, values.ranks or config.initial_ranks(), seed=config.run.seed)
+    if config.checkpoint.start_from is not None:
+        layouts = tensor_layouts(model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values.shard(name, layouts[name]))
+    return model
+
+
+def check_start(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises what is wrong with `checkpoint.start_from`, before a new run of `config` has written anything.
+
+    Ranks are the folder's own. `rank.initial`, with which the settings of a policy were checked, must be the same,
+    unless the folder's layers differ in rank.
+    """
+    if config.checkpoint.start_from is None:
+        return
+    folder = ConsolidatedModel(Path(config.checkpoint.start_from))
+    # A run may freeze what another trained.
+    differing = differing_architecture(folder.config.model_dump(), config, "trained")
+    if differing:
+        raise ConfigError(
+            f"checkpoint.start_from {folder.folder} holds another architecture: {differing}; use its settings, or "
+            "convert it with tools/import_huggingface.py"
+        )
+    expected = parameter_shapes(folder.config, folder.ranks)
+    if folder.shapes != expected:
+        name = min(name for name, _ in folder.shapes.items() ^ expected.items())
+        raise CheckpointError(
+            f"checkpoint.start_from {folder.folder} holds {name} as {folder.shapes.get(name)}, and its settings ask "
+            f"for {expected.get(name)}: make it again"
+        )
+    ranks = set(folder.ranks.values())
+    if len(ranks) == 1 and ranks != {config.rank.initial}:
+        raise ConfigError(
+            f"rank.initial is {config.rank.initial}, and the layers of checkpoint.start_from {folder.folder} have rank "
+            f"{min(ranks)}: set rank.initial={min(ranks)}"
+        )
+    if folder.facts["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer {config.data.tokenizer} is not the tokenizer of checkpoint.start_from {folder.folder}: "
+            f"set data.tokenizer={folder.tokenizer_path}, and prepare the corpus with it"
+        )
+
+
+def initial_factors(model: EspalierModel, config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """This process's A₀ and B₀ of every factored layer, by `Projection.name`, in host memory.
+
+    They are rounded as the model's own factors are, so that an untrained layer's update is zero. Empty for additive
+    layers, whose product starts at zero unless a folder says otherwise.
+    """
+    values = InitialValues(config)
+    ranks = values.ranks or config.initial_ranks()
+    layouts = tensor_layouts(model)
+    factors = {}
+    for name, layer in model.factored_layers().items():
+        shards = []
+        for side, rank_dim, parameter in (("A", 0, layer.A), ("B", 1, layer.B)):
+            layout = layouts[f"{name}.{side}"]
+            shape = list(layout.full_shape)
+            shape[rank_dim] = ranks[name]
+            start = TensorLayout(tuple(shape), layout.dim, layout.stride)
+            shards.append(values.shard(f"{name}.{side}", start).to(parameter.dtype))
+        if bool(torch.stack([shard.any() for shard in shards]).all()):
+            factors[name] = (shards[0], shards[1])
+    return factors

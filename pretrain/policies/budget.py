@@ -1,0 +1,69 @@
+"""What `rank.budget` leaves for the ranks of all factored layers together.
+
+In parameters: Σ rank·(in + out) ≤ budget · Σ in·out, at any time. In FLOPs, which are proportional to parameters times
+samples: what was spent so far and what the present ranks will spend until the end stay within the same share of what
+the dense layers would spend over the whole run.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from model.config import Projection
+from pretrain.policies.policy import RankConfig, direction_cost
+
+
+def dense_parameters(factored: Sequence[Projection]) -> int:
+    """Numbers in the dense weights that the factors stand for."""
+    return sum(projection.in_features * projection.out_features for projection in factored)
+
+
+def affordable_parameters(
+    rank: RankConfig,
+    factored: Sequence[Projection],
+    ranks: Mapping[str, int],
+    growth: Sequence[Mapping[str, Any]],
+    samples: Mapping[int, int],
+    steps: int,
+    step: int,
+) -> int | None:
+    """Most parameters that all factors may have from `step` on; None without a budget.
+
+    `ranks`: the present ones; `growth`: events as in a checkpoint's state; `samples`: sequences consumed before each of
+    their steps, before `step` and before `steps`.
+    """
+    if rank.budget is None:
+        return None
+    allowed = rank.budget * dense_parameters(factored)
+    if rank.budget_unit == "parameters":
+        return int(allowed)
+    spent, current, end = 0, dict(ranks), step
+    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
+        spent += _parameters(factored, current) * (samples[end] - samples[event["step"]])
+        current |= event["before"]
+        end = event["step"]
+    spent += _parameters(factored, current) * samples[end]
+    return int((allowed * samples[steps] - spent) / (samples[steps] - samples[step]))
+
+
+def _parameters(factored: Sequence[Projection], ranks: Mapping[str, int]) -> int:
+    return sum(ranks[projection.name] * direction_cost(projection) for projection in factored)
+
+
+def check_budget(rank: RankConfig, factored: Sequence[Projection]) -> None:
+    """ValueError if the ranks at the start already cost more than the budget, or nothing would heed it."""
+    if rank.budget is None:
+        if rank.budget_unit != "parameters":
+            raise ValueError(f"rank.budget_unit is {rank.budget_unit}, and there is no budget: set rank.budget")
+        return
+    if rank.policy in ("fixed", "schedule"):
+        raise ValueError(
+            f"rank.budget {rank.budget:g} is for policies that decide by themselves, and rank.policy is {rank.policy}: "
+            "leave rank.budget out or change the policy"
+        )
+    start, dense = rank.initial * sum(map(direction_cost, factored)), dense_parameters(factored)
+    if start > rank.budget * dense:
+        raise ValueError(
+            f"rank.budget {rank.budget:g} allows {int(rank.budget * dense):,} parameters in factored layers, and "
+            f"rank.initial {rank.initial} starts with {start:,} ({start / dense:.3f} of the dense {dense:,}): "
+            "raise rank.budget or lower rank.initial"
+        )

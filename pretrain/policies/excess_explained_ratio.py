@@ -1,0 +1,53 @@
+"""The explained-ratio rule on what was learned: the spectrum of the cumulative update, not of the product.
+
+With s the singular values of D = B·A - B₀·A₀ (of B·A itself where the factors start at a zero product), the update uses
+
+    used = min { k : Σ_{i≤k} s_i² ≥ threshold · Σ_i s_i² }
+
+directions. D has up to 2·rank of them, since B₀ δA and δB A₀ both count. A layer's rank is used up when used ≥ rank,
+and then it grows to used + `rank.buffer`.
+
+**Its null is zero.** On factors that were never trained D is nothing but rounding: singular values at or below
+`ROUNDING` times the largest of the product are taken for that, so `used` is 0 and nothing grows, whatever the
+initialization, the width or the buffer (`tools/null_rank.py`). And a model trained on labels that were shuffled learns
+their frequencies alone: its updates come to rest at very few directions (docs/lab-notes.md), where those of real text
+fill the ranks they have.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, check_due
+
+ROUNDING = 0.005
+"""Of both factors to bf16, whose entries err by up to 2⁻⁹ each: below that nothing can be said about an update."""
+
+
+def used_rank(layer: LayerMeasurement, threshold: float) -> int:
+    """Directions that hold `threshold` of the energy of the cumulative update; 0 before anything was learned."""
+    product = layer.singular_values
+    floor = ROUNDING * float(product[0]) if len(product) else 0.0
+    values = layer.update_values[layer.update_values > floor]
+    if not len(values):
+        return 0
+    energy = np.cumsum(values**2)
+    return int(np.argmax(energy >= threshold * energy[-1])) + 1
+
+
+class ExcessExplainedRatioPolicy:
+    """Grows the layers whose update uses every direction they have, the fullest first."""
+
+    needs: frozenset[Measured] = frozenset({"product", "update"})
+
+    def __init__(self, rank: RankConfig) -> None:
+        self._rank = rank
+
+    def due(self, step: int) -> bool:
+        return check_due(step, self._rank)
+
+    def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
+        used = {layer.projection.name: used_rank(layer, self._rank.threshold) for layer in layers}
+        full = [layer for layer in layers if used[layer.projection.name] >= layer.rank]
+        full.sort(key=lambda layer: used[layer.projection.name] / layer.rank, reverse=True)
+        return {layer.projection.name: used[layer.projection.name] + self._rank.buffer for layer in full}

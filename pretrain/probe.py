@@ -1,0 +1,177 @@
+"""Gradient probes: what the dense gradient asks for outside the spans of a layer's factors, without forming it.
+
+For G = ∂L/∂W, added directions with A_new = Ωᵀ, B_new = 0 leave the output as it is, and the gradient of B_new is
+exactly G Ω; with B_new = Q, A_new = 0 the gradient of A_new is Qᵀ G. The three training steps before a decision carry
+such directions beside the factors (Halko, Martinsson, Tropp 2011, algorithm 4.3 with one power iteration):
+
+    step 1   Y = G₁ Ω, Ω random          Q = orthonormal basis of Y outside the span of B
+    step 2   R₂ = Qᵀ G₂                  step 3   R₃ = Qᵀ G₃
+
+Outside the row space of A, the symmetric part of R₂ R₃ᵀ holds the energy that two independent batches agree on: its
+eigenvalues are the layer's demand, and its eigenvectors lead to the right directions for new rows of A.
+
+The directions are plain tensors: neither optimizer nor ZeRO knows them, so their gradients are averaged over data
+parallelism and unscaled here. They ride in the bottleneck's own all-reduce. A checkpoint between two probed steps
+carries what was measured so far (`tensors`), so that a resumed run decides alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.factor_algebra import in_order_orthonormal, is_sharded, orthonormal, outside, summed
+from model.factored_linear import Probe
+from model.gpt import EspalierModel, LayerWithFactors, tensor_layouts
+from model.initialization import generator_for, orthonormal_columns
+from model.process_groups import data_group, data_size, tensor_group, tensor_index, tensor_size
+from model.sharding import TensorLayout
+from pretrain.policies.gradient import PROBED_STEPS
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one layer asks for."""
+
+    energies: Tensor
+    """`(<= k,)` agreed energy along each direction, largest first, fp64."""
+    rows: Tensor
+    """`(<= k, in/tp)` orthonormal directions outside the row space of A, this process's columns."""
+
+
+class GradientProbe:
+    """Measures in the training steps before each decision. `count`: directions a layer, `seed`: of the run."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._ranges: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
+        self._second: dict[str, Tensor] = {}
+
+    @property
+    def measuring(self) -> bool:
+        """Whether something was measured for the coming decision."""
+        return bool(self._ranges)
+
+    def attach(self, model: EspalierModel, step: int, steps_left: int) -> None:
+        """Before the forward passes of training step `step`, with `steps_left` (3, 2, 1) steps to the decision.
+
+        Without the steps before it (settings were changed on resume) a step measures nothing.
+        """
+        if steps_left == PROBED_STEPS:
+            self.forget()
+        elif not self._ranges:
+            return
+        for name, layer in model.factored_layers().items():
+            A = layer.A.new_zeros(self._count, layer.A.shape[1])
+            B = layer.B.new_zeros(layer.B.shape[0], self._count)
+            if steps_left == PROBED_STEPS:
+                A.copy_(self._random_rows(name, layer, step))
+                B.requires_grad_()
+            else:
+                B.copy_(self._ranges[name])
+                A.requires_grad_()
+            layer.probe = Probe(A, B)
+
+    def collect(self, model: EspalierModel, loss_scale: float) -> None:
+        """After the last backward pass of the step: takes the gradients and removes the probes; a collective."""
+        for name, layer in model.factored_layers().items():
+            probe = layer.probe
+            if probe is None:
+                return
+            layer.probe = None
+            sketched = probe.B if probe.B.requires_grad else probe.A
+            assert sketched.grad is not None
+            gradient = sketched.grad.float() / loss_scale
+            if data_size() > 1:
+                dist.all_reduce(gradient, group=data_group())
+                gradient /= data_size()
+            if probe.B.requires_grad:
+                columns = outside(gradient.nan_to_num(), layer.B, is_sharded(layer.B))
+                self._ranges[name] = orthonormal(columns, is_sharded(layer.B)).float()
+            elif name in self._first:
+                self._second[name] = gradient
+            else:
+                self._first[name] = gradient
+
+    def demand(self, model: EspalierModel) -> dict[str, Demand]:
+        """What every layer asks for, from the last three steps; a collective. A layer that was not measured, or whose
+        gradient was not finite (a skipped step), asks for nothing."""
+        found = {}
+        for name, layer in model.factored_layers().items():
+            nothing = layer.A.new_zeros(0, layer.A.shape[1], dtype=torch.float32)
+            first, second = self._first.get(name, nothing), self._second.get(name, nothing)
+            found[name] = _agreed_demand(first, second, layer) if len(first) == len(second) else _no_demand(first)
+        self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Drops what was measured."""
+        self._ranges, self._first, self._second = {}, {}, {}
+
+    def _random_rows(self, name: str, layer: LayerWithFactors, step: int) -> Tensor:
+        generator = generator_for(self._seed, name, "probe", step)
+        rows = orthonormal_columns(layer.input_size, self._count, generator).t()
+        layout = TensorLayout(tuple(rows.shape), dim=1 if is_sharded(layer.A) else None)
+        return layout.shard(rows, tensor_index(), tensor_size())
+
+    # Between two probed steps -----------------------------------------------------------------------------------------
+
+    def tensors(self, model: EspalierModel) -> dict[str, Tensor]:
+        """What was measured so far, as whole tensors by name; empty outside a measurement. A collective."""
+        kept = {}
+        for (kind, name), shard in self._shards().items():
+            layout = self._layout(model, kind, name)
+            shards = [torch.empty_like(shard) for _ in range(tensor_size())]
+            dist.all_gather(shards, shard.contiguous(), group=tensor_group())
+            kept[f"{kind}/{name}"] = layout.unshard(shards).cpu().contiguous()
+        return kept
+
+    def load(self, model: EspalierModel, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what `tensors` gave."""
+        stores = {"range": self._ranges, "first": self._first}
+        device = next(model.parameters()).device
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            shard = self._layout(model, kind, name).shard(tensor, tensor_index(), tensor_size())
+            stores[kind][name] = shard.to(device)
+
+    def _shards(self) -> dict[tuple[str, str], Tensor]:
+        ranges = {("range", name): tensor for name, tensor in self._ranges.items()}
+        return ranges | {("first", name): tensor for name, tensor in self._first.items()}
+
+    def _layout(self, model: EspalierModel, kind: str, name: str) -> TensorLayout:
+        factor = tensor_layouts(model)[f"{name}.{'B' if kind == 'range' else 'A'}"]
+        rows, columns = factor.full_shape
+        shape = (rows, self._count) if kind == "range" else (self._count, columns)
+        return TensorLayout(shape, factor.dim, factor.stride)
+
+
+def _no_demand(rows: Tensor) -> Demand:
+    return Demand(rows.new_zeros(0, dtype=torch.float64), rows[:0])
+
+
+def _agreed_demand(first: Tensor, second: Tensor, layer: LayerWithFactors) -> Demand:
+    """From `first` and `second`, both Qᵀ G `(k, in/tp)` of independent batches."""
+    sharded = is_sharded(layer.A)
+    both = torch.cat([first, second]).t()
+    finite = both.isfinite().all().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite or not len(first):
+        return _no_demand(first)
+    outer = outside(both, layer.A.t(), sharded)
+    one, other = outer.chunk(2, dim=1)
+    agreed = summed(one.t() @ other, sharded)
+    energies, vectors = torch.linalg.eigh((agreed + agreed.t()) / 2)
+    order = energies.argsort(descending=True)
+    order = order[energies[order] > 1e-9 * energies[order[0]].clamp_min(0.0)]
+    if not len(order):
+        return _no_demand(first)
+    rows = in_order_orthonormal((one + other) @ vectors[:, order], sharded).t()
+    # Every copy of the model must grow alike, to the last bit.
+    rows = rows.to(first.dtype).contiguous()
+    if data_size() > 1:
+        dist.broadcast(rows, src=dist.get_global_rank(data_group(), 0), group=data_group())
+    return Demand(energies[order], rows)

@@ -1,0 +1,233 @@
+"""What a race came to: tables and curves, written below a marker of `results.md` beside the file of results.
+
+The plan above the marker is people's; nothing there is touched.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pretrain.errors import DataError
+from pretrain.run_folder import replace_text
+from tools import race_figures
+from tools.race_entries import Curve, Entry, collect
+from tools.race_plan import RaceConfig, loss_of, tuned_rate, tuning_losses
+from tools.race_results import Results
+
+MARKER = "<!-- Below: written by tools/race.py --report -->"
+_NONE = "–"
+
+
+def write_report(race: RaceConfig, results: Results) -> None:
+    """Writes the tables and the pictures."""
+    document = results.path.with_name("results.md")
+    plan, marker, _ = document.read_text(encoding="utf-8").partition(MARKER) if document.is_file() else ("", "", "")
+    if not marker:
+        raise DataError(f"{document} has no line {MARKER}: write the plan of the race there, and that line behind it")
+    content = results.read()
+    entries = collect(race, content)
+    images = document.parent / "images"
+    images.mkdir(exist_ok=True)
+    groups = {group: _of_group(race, entries, group) for group in _groups(race)}
+    for name, figure in race_figures.pictures(groups).items():
+        figure.savefig(images / f"race_{name}.png", dpi=110)
+    replace_text(document, plan + MARKER + "\n\n" + "\n".join(_lines(race, content, entries, groups)) + "\n")
+    print(f"{document} and {images}/race_*.png are written: {len(content['runs'])} runs, {len(entries)} methods")
+
+
+def _groups(race: RaceConfig) -> list[str]:
+    return list(dict.fromkeys(method.group for method in race.methods.values() if method.group))
+
+
+def _of_group(race: RaceConfig, entries: Mapping[str, Entry], group: str) -> dict[str, Entry]:
+    """The methods of a group, behind the dense ones that they are measured against."""
+    members = [entry for entry in entries.values() if entry.method.group == group]
+    against = dict.fromkeys(entry.method.against or race.baseline for entry in members)
+    chosen = [entries[name] for name in against if name in entries]
+    return {entry.name: entry for entry in [*chosen, *members]}
+
+
+def _lines(
+    race: RaceConfig,
+    content: Mapping[str, Any],
+    entries: Mapping[str, Entry],
+    groups: Mapping[str, Mapping[str, Entry]],
+) -> Iterator[str]:
+    yield "## Results"
+    yield ""
+    yield from _origin(content)
+    yield "### Loss and size"
+    yield ""
+    yield (
+        "Validation loss in nats a token at the end (mean ± standard deviation over the seeds, if there are several). "
+        "*vs dense* and *vs control*: difference of the loss over the seeds that both have; the control is the fixed "
+        "rank of the same budget. Parameters and FLOPs are shares of the dense model's, FLOPs of the same number of "
+        "tokens: of the linear layers of the blocks, and of the whole model."
+    )
+    yield ""
+    yield from _table(
+        [
+            *("method", "learning rate", "seeds", "loss", "vs dense", "vs control"),
+            *("block parameters", "block FLOPs", "all FLOPs", "mean rank"),
+        ],
+        [_size_row(race, entries, entry) for entry in entries.values()],
+    )
+    yield "### At equal FLOPs and at equal seconds"
+    yield ""
+    yield (
+        "*dense there*: the loss of the dense run of the same seed at the moment when it had spent as much, read off "
+        "its curve. A dense run is not annealed at that point, which is to its disadvantage; dense runs of another "
+        "length, where the race has any, are methods of their own."
+    )
+    yield ""
+    yield from _table(
+        ["method", "loss", "TFLOP", "dense there", "seconds", "share of dense", "dense there"],
+        [_cost_row(race, entries, entry) for entry in entries.values()],
+    )
+    for name, caption in (
+        ("flops", "Validation loss against FLOPs"),
+        ("seconds", "Validation loss against seconds"),
+        ("ranks", "Mean rank over time"),
+    ):
+        if groups:
+            yield from (f"![{caption}](images/race_{name}.png)", "")
+    yield from _rank_lines(entries)
+    yield from _tuning_lines(race, content)
+
+
+def _origin(content: Mapping[str, Any]) -> Iterator[str]:
+    """Hardware, versions and revisions of everything recorded."""
+    records = [*content["runs"].values(), *content["speed"].values()]
+    for what, values in (
+        ("Hardware", [f"{r['hardware']['processor']}, {r['hardware']['cores']} cores" for r in records]),
+        ("Threads of a run", [str(record["hardware"]["threads"]) for record in records]),
+        ("Versions", [", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records]),
+        ("Revisions", [record["commit"][:12] for record in records]),
+    ):
+        yield f"- {what}: {'; '.join(dict.fromkeys(values))}"
+    yield ""
+
+
+def _size_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> list[str]:
+    dense, control = _against(race, entries, entry), entries.get(entry.method.control or "")
+    last, run = entry.first.record["ranks"][-1], entry.first.record
+    shares = [_NONE, _NONE, _NONE]
+    if dense is not None and run["validation"]:
+        of_dense = dense.first.record["ranks"][-1]
+        point, tokens = run["validation"][-1], dense.first.record["validation"][-1]
+        scale = tokens["tokens"] / point["tokens"]
+        shares = [
+            _percent(last["linear_parameters"] / of_dense["linear_parameters"]),
+            _percent(point["linear_flops"] / tokens["linear_flops"] * scale),
+            _percent(point["flops"] / tokens["flops"] * scale),
+        ]
+    return [
+        entry.method.title,
+        f"{entry.rate:g}",
+        ", ".join(map(str, entry.curves)),
+        _loss_text(list(entry.losses().values())),
+        _difference(entry, dense),
+        _difference(entry, control),
+        *shares,
+        _NONE if last["mean_rank"] is None else f"{last['mean_rank']:.1f}",
+    ]
+
+
+def _cost_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> list[str]:
+    dense, curve = _against(race, entries, entry), entry.first
+    other = None if dense is None else dense.curves.get(curve.record["seed"])
+    row = [entry.method.title, _loss_text([loss_of(curve.record)])]
+    if not curve.loss:
+        return [*row, _NONE, _NONE, _NONE, _NONE, _NONE]
+    row += [f"{curve.flops[-1]:.1f}", _read_off(other, other.flops if other else None, curve.flops[-1])]
+    if curve.seconds is None:
+        return [*row, _NONE, _NONE, _NONE]
+    seconds, theirs = curve.seconds[-1], other.seconds if other else None
+    share = _percent(seconds / theirs[-1]) if theirs else _NONE
+    return [*row, f"{seconds:.0f}", share, _read_off(other, theirs, seconds)]
+
+
+def _read_off(curve: Curve | None, spent: list[float] | None, at: float) -> str:
+    """The loss of a curve where it had spent `at`; nothing beyond its ends."""
+    if curve is None or not spent or not spent[0] <= at <= spent[-1]:
+        return _NONE
+    return f"{float(np.interp(at, spent, curve.loss)):.3f}"
+
+
+def _against(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> Entry | None:
+    return entries.get(entry.method.against or race.baseline)
+
+
+def _difference(entry: Entry, other: Entry | None) -> str:
+    """Relative difference of the losses, over common seeds."""
+    if other is None or other is entry:
+        return _NONE
+    ours, theirs = entry.losses(), other.losses()
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return _NONE
+    ratio = sum(ours[seed] for seed in common) / sum(theirs[seed] for seed in common)
+    return f"{100.0 * (ratio - 1.0):+.1f} %"
+
+
+def _loss_text(losses: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    return f"{statistics.fmean(losses):.3f}{spread}"
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.1f} %"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _rank_lines(entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Ranks that changed, and the nulls that runs wrote down."""
+    rows = []
+    for entry in entries.values():
+        record = entry.first.record
+        nulls = [event["mean_rank_if_never_trained"] for event in record["events"] if event["event"] == "null"]
+        if len(record["ranks"]) == 1 and not nulls:
+            continue
+        path = " → ".join(f"{_rank_text(stretch)} ({stretch['first_step']})" for stretch in record["ranks"])
+        seconds = sum(float(event.get("seconds", 0.0)) for event in record["events"])
+        rows.append([entry.method.title, path, f"{nulls[-1]:.1f}" if nulls else _NONE, f"{seconds:.1f}"])
+    if rows:
+        yield "### Ranks over time"
+        yield ""
+        yield "Mean rank and the step from which it held; first seed. *null*: the mean rank without any training."
+        yield ""
+        yield from _table(["method", "mean rank (from step)", "null", "seconds of all events"], rows)
+
+
+def _rank_text(stretch: Mapping[str, Any]) -> str:
+    return "dense" if stretch["mean_rank"] is None else f"{stretch['mean_rank']:.1f}"
+
+
+def _tuning_lines(race: RaceConfig, content: Mapping[str, Any]) -> Iterator[str]:
+    yield "### Learning rates"
+    yield ""
+    yield "Validation loss of the short runs that chose; the best is bold."
+    yield ""
+    losses = {name: tuning_losses(race, name, content["runs"]) for name in race.methods}
+    rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
+    rows = []
+    for name, by_rate in losses.items():
+        if by_rate:
+            best = tuned_rate(race, name, content["runs"])
+            texts = [_NONE if rate not in by_rate else _tried(by_rate[rate], rate == best) for rate in rates]
+            rows.append([race.methods[name].title, *texts])
+    yield from _table(["method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _tried(loss: float, best: bool) -> str:
+    text = "diverged" if loss == float("inf") else f"{loss:.3f}"
+    return f"**{text}**" if best else text
