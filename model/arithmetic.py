@@ -52,6 +52,18 @@ def _frozen_weights(config: ModelConfig, ranks: Mapping[str, int]) -> int:
     return frozen
 
 
+def probe_flops_per_token(config: ModelConfig, ranks: Mapping[str, int], directions: int) -> int:
+    """What that many directions of a gradient probe add to a step, at most: as much as directions that are trained."""
+    return 6 * directions * sum(p.in_features + p.out_features for p in projections(config) if p.name in ranks)
+
+
+def gram_flops(config: ModelConfig, ranks: Mapping[str, int]) -> int:
+    """Of the two Gram matrices of every factored layer, which is what a spectrum costs."""
+    return sum(
+        2 * ranks[p.name] ** 2 * (p.in_features + p.out_features) for p in projections(config) if p.name in ranks
+    )
+
+
 def training_flops_per_token(config: ModelConfig, ranks: Mapping[str, int]) -> int:
     """Forward and backward FLOPs of one token at full sequence length; empty `ranks`: of the dense model."""
     attention = 12 * config.sequence_length * config.hidden * config.layers

@@ -19,7 +19,7 @@ while second moments go as if entries were independent, v_B' = v_B (T⁻ᵀ)∘�
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -29,7 +29,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from model.config import factored_projections
-from model.factor_algebra import BasisChange, balanced_basis, is_sharded, outside
+from model.factor_algebra import BasisChange, balanced_basis, in_order_orthonormal, is_sharded, outside
 from model.gpt import EspalierModel, LayerWithFactors
 from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
@@ -38,14 +38,7 @@ from model.spectrum import grams, row_norm, singular_values, update_grams
 from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import NumericalError
 from pretrain.optimizer_state import gather, optimizer_state, stash
-from pretrain.policies import (
-    LayerMeasurement,
-    Policy,
-    RankConfig,
-    factor_parameters,
-    limit_growth,
-    truncated_ranks,
-)
+from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
 from pretrain.probe import Demand
 
 # How far logits of the fixed batch may move, relative to the largest: products with zero columns change the order of
@@ -77,6 +70,7 @@ class GrowthRecord:
     """What an event did: ranks of the layers that changed, and how long training stood still."""
 
     step: int
+    consumed_samples: int
     before: dict[str, int]
     after: dict[str, int]
     seconds: float
@@ -127,7 +121,7 @@ def plan_growth(
     `affordable`: parameters that all factored layers together may have after the event; None: any number.
     """
     layers = layer_measurements(model, measured)
-    decision = [_decide(policy, rank, step, layers, affordable) if dist.get_rank() == 0 else None]
+    decision = [decide_ranks(policy, rank, step, layers, affordable) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(decision, src=0)
     ranks = decision[0]
     if not ranks:
@@ -138,27 +132,19 @@ def plan_growth(
     return GrowthPlan(step, ranks, norms[0])
 
 
-def _decide(
-    policy: Policy, rank: RankConfig, step: int, layers: Sequence[LayerMeasurement], affordable: int | None
-) -> dict[str, int]:
-    lower = truncated_ranks(layers, rank)
-    room = None if affordable is None else affordable - factor_parameters(layers, lower)
-    targets = policy.targets(step, layers, room)
-    grown = limit_growth(targets, layers, rank, step, room)
-    return {name: new_rank for name, new_rank in lower.items() if name not in grown} | grown
-
-
 def augment(
     engine: DeepSpeedEngine,
     plan: GrowthPlan,
     *,
     rebuild: Callable[[EspalierModel], DeepSpeedEngine],
     seed: int,
+    consumed_samples: int,
     directions: Mapping[str, Tensor] | None = None,
 ) -> tuple[DeepSpeedEngine, GrowthRecord]:
     """Carries a plan out and returns the new engine; `engine` is gone afterwards. All processes call it together.
 
-    `directions`: orthonormal `(any, in/tp)` rows by layer that come first among the new rows of A.
+    `directions`: orthonormal `(any, in/tp)` rows by layer that come first among the new rows of A; `consumed_samples`:
+    sequences trained on so far, for the record.
 
     Raises NumericalError when the logits are not finite before it, RuntimeError when processes disagree about the plan,
     or when the logits are not what they were.
@@ -189,7 +175,7 @@ def augment(
         _check_logits(expected, _fixed_batch_logits(engine))
     release_free_memory()
     changed = {name: before[name] for name in plan.ranks}
-    return engine, GrowthRecord(plan.step, changed, plan.ranks, time.perf_counter() - start)
+    return engine, GrowthRecord(plan.step, consumed_samples, changed, plan.ranks, time.perf_counter() - start)
 
 
 def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:
@@ -263,8 +249,8 @@ def _new_rows(
     if directed is None or not len(directed):
         return random
     first = directed[:count].to(random)
-    rest = outside(random[len(first) :].t(), first.t(), sharded).t().to(random)
-    return torch.cat([norm * first, rest])
+    rest = in_order_orthonormal(outside(random[len(first) :].t(), first.t(), sharded), sharded).t().to(random)
+    return norm * torch.cat([first, rest])
 
 
 def _changed_states(

@@ -28,7 +28,7 @@ from torch import Tensor
 from model.sharding import TensorLayout
 from pretrain.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter: the fp32 master and Adam's two moments; of a frozen one the master alone."""
 

@@ -5,10 +5,12 @@ Nothing of them is saved in a checkpoint. They are the reference of every cumula
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.config import factored_projections
 from model.conversion import parameter_shapes
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.initialization import initial_tensor
@@ -17,6 +19,7 @@ from model.sharding import TensorLayout
 from pretrain.config import RunConfig, differing_architecture
 from pretrain.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.policies import build_policy, check_start_ranks
 from pretrain.tokenizer import Tokenizer
 
 
@@ -83,11 +86,36 @@ def check_start(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"rank.initial is {config.rank.initial}, and the layers of checkpoint.start_from {folder.folder} have rank "
             f"{min(ranks)}: set rank.initial={min(ranks)}"
         )
+    try:
+        check_start_ranks(config.rank, factored_projections(config.model), folder.ranks)
+    except ValueError as error:
+        raise ConfigError(f"checkpoint.start_from {folder.folder}: {error}") from error
     if folder.facts["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
         raise ConfigError(
             f"data.tokenizer {config.data.tokenizer} is not the tokenizer of checkpoint.start_from {folder.folder}: "
             f"set data.tokenizer={folder.tokenizer_path}, and prepare the corpus with it"
         )
+
+
+def check_same_start(saved: Mapping[str, Any], config: RunConfig) -> None:
+    """ConfigError if updates are measured, and the run with config `saved` that is continued did not start where
+    `config` says."""
+    policy = build_policy(config.rank, config.train.steps)
+    if not config.rank.track and "update" not in policy.needs:
+        return
+    asking = "rank.track" if config.rank.track else f"rank.policy={config.rank.policy}"
+    other_way = "rank.track=false" if config.rank.track else "use another rank.policy"
+    for name, before, now in (
+        ("model.initial_std", saved["model"]["initial_std"], config.model.initial_std),
+        ("rank.initial", saved["rank"]["initial"], config.rank.initial),
+        ("train.precision", saved["train"]["precision"], config.train.precision),
+        ("checkpoint.start_from", saved["checkpoint"].get("start_from"), config.checkpoint.start_from),
+    ):
+        if before != now:
+            raise ConfigError(
+                f"{asking} compares weights with those the run started from, and the checkpoint is of a run with "
+                f"{name} {before}, now it is {now}: set {name} back, or {other_way}"
+            )
 
 
 def initial_factors(model: EspalierModel, config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:

@@ -157,6 +157,13 @@ class Monitor:
         facts = {name.partition("/")[2]: value for name, value in scalars.items()}
         self.event("validation", step, **facts)
 
+    def decision(self, step: int, seconds: float, flops: float) -> None:
+        """A policy was asked: how long that took, without any growth, and the FLOPs of what it was told."""
+        if not self._active:
+            return
+        self._record("decision", step, {"seconds": seconds, "flops": flops})
+        self._scalars(step, {"time/decision_seconds": seconds})
+
     def augmentation(self, step: int, before: Mapping[str, int], after: Mapping[str, int], seconds: float) -> None:
         """Ranks that changed after `step` steps: the old and the new ones, of the layers that changed."""
         if not self._active:

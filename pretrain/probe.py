@@ -122,25 +122,26 @@ class GradientProbe:
     def tensors(self, model: EspalierModel) -> dict[str, Tensor]:
         """What was measured so far, as whole tensors by name; empty outside a measurement. A collective."""
         kept = {}
-        for (kind, name), shard in self._shards().items():
-            layout = self._layout(model, kind, name)
-            shards = [torch.empty_like(shard) for _ in range(tensor_size())]
-            dist.all_gather(shards, shard.contiguous(), group=tensor_group())
-            kept[f"{kind}/{name}"] = layout.unshard(shards).cpu().contiguous()
+        for kind, store in self._stores().items():
+            for name, shard in store.items():
+                shards = [torch.empty_like(shard) for _ in range(tensor_size())]
+                dist.all_gather(shards, shard.contiguous(), group=tensor_group())
+                kept[f"{kind}/{name}"] = self._layout(model, kind, name).unshard(shards).cpu().contiguous()
         return kept
 
     def load(self, model: EspalierModel, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `tensors` gave."""
-        stores = {"range": self._ranges, "first": self._first}
-        device = next(model.parameters()).device
+        """Takes what `tensors` gave; nothing if it was measured in another number of directions."""
+        device, stores = next(model.parameters()).device, self._stores()
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            shard = self._layout(model, kind, name).shard(tensor, tensor_index(), tensor_size())
-            stores[kind][name] = shard.to(device)
+            layout = self._layout(model, kind, name)
+            if tuple(tensor.shape) != layout.full_shape:
+                self.forget()
+                return
+            stores[kind][name] = layout.shard(tensor, tensor_index(), tensor_size()).to(device)
 
-    def _shards(self) -> dict[tuple[str, str], Tensor]:
-        ranges = {("range", name): tensor for name, tensor in self._ranges.items()}
-        return ranges | {("first", name): tensor for name, tensor in self._first.items()}
+    def _stores(self) -> dict[str, dict[str, Tensor]]:
+        return {"range": self._ranges, "first": self._first, "second": self._second}
 
     def _layout(self, model: EspalierModel, kind: str, name: str) -> TensorLayout:
         factor = tensor_layouts(model)[f"{name}.{'B' if kind == 'range' else 'A'}"]
@@ -154,7 +155,11 @@ def _no_demand(rows: Tensor) -> Demand:
 
 
 def _agreed_demand(first: Tensor, second: Tensor, layer: LayerWithFactors) -> Demand:
-    """From `first` and `second`, both Qᵀ G `(k, in/tp)` of independent batches."""
+    """From `first` and `second`, both Qᵀ G `(k, in/tp)` of independent batches.
+
+    Eigenvectors may come in another sign or order on another processor: those of process 0 count, so that every shard
+    and every copy of the model grows alike.
+    """
     sharded = is_sharded(layer.A)
     both = torch.cat([first, second]).t()
     finite = both.isfinite().all().int()
@@ -164,14 +169,15 @@ def _agreed_demand(first: Tensor, second: Tensor, layer: LayerWithFactors) -> De
     outer = outside(both, layer.A.t(), sharded)
     one, other = outer.chunk(2, dim=1)
     agreed = summed(one.t() @ other, sharded)
-    energies, vectors = torch.linalg.eigh((agreed + agreed.t()) / 2)
-    order = energies.argsort(descending=True)
-    order = order[energies[order] > 1e-9 * energies[order[0]].clamp_min(0.0)]
-    if not len(order):
+    ascending, vectors = torch.linalg.eigh((agreed + agreed.t()) / 2)
+    spectrum = torch.cat([vectors, ascending.unsqueeze(0)]).flip(1)
+    dist.broadcast(spectrum, src=0)
+    vectors, energies = spectrum[:-1], spectrum[-1]
+    known = energies > 1e-9 * energies[0].clamp_min(0.0)
+    if not known.any():
         return _no_demand(first)
-    rows = in_order_orthonormal((one + other) @ vectors[:, order], sharded).t()
-    # Every copy of the model must grow alike, to the last bit.
-    rows = rows.to(first.dtype).contiguous()
-    if data_size() > 1:
-        dist.broadcast(rows, src=dist.get_global_rank(data_group(), 0), group=data_group())
-    return Demand(energies[order], rows)
+    rows = in_order_orthonormal((one + other) @ vectors[:, known], sharded).t().to(first.dtype).contiguous()
+    for group, copies in ((data_group(), data_size()), (tensor_group(), 1 if sharded else tensor_size())):
+        if copies > 1:
+            dist.broadcast(rows, src=dist.get_global_rank(group, 0), group=group)
+    return Demand(energies[known], rows)

@@ -13,7 +13,6 @@ from typing import Any
 
 from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from pretrain.config import RunConfig
-from pretrain.schedule import samples_before
 
 
 def perplexity(lm_loss: float) -> float:
@@ -27,21 +26,19 @@ def dense_flops_ratio(config: RunConfig, ranks: Mapping[str, int]) -> float:
 
 
 def executed_flops(
-    config: RunConfig, ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]], step: int
+    config: RunConfig, ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]], consumed_samples: int
 ) -> tuple[float, float]:
-    """FLOPs of the first `step` steps as executed, and through the dense model; `ranks`: after the last growth."""
+    """FLOPs of a run so far as executed, and through the dense model; `ranks`: after the last growth."""
     current = dict(ranks)
     executed = 0.0
-    end = step
+    end = consumed_samples
     length = config.model.sequence_length
-    batch, ramp = config.train.global_batch, config.train.batch_ramp
-    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
-        tokens = length * (samples_before(end, batch, ramp) - samples_before(event["step"], batch, ramp))
-        executed += tokens * training_flops_per_token(config.model, current)
+    for event in reversed(growth):
+        executed += length * (end - event["consumed_samples"]) * training_flops_per_token(config.model, current)
         current |= event["before"]
-        end = event["step"]
-    executed += length * samples_before(end, batch, ramp) * training_flops_per_token(config.model, current)
-    dense = length * samples_before(step, batch, ramp) * training_flops_per_token(config.model, {})
+        end = event["consumed_samples"]
+    executed += length * end * training_flops_per_token(config.model, current)
+    dense = length * consumed_samples * training_flops_per_token(config.model, {})
     return float(executed), float(dense)
 
 
@@ -51,6 +48,7 @@ def summarize(
     growth: Sequence[Mapping[str, Any]],
     *,
     step: int,
+    consumed_samples: int,
     lm_loss: float,
     validation_loss: float | None,
     skipped_steps: int,
@@ -62,15 +60,14 @@ def summarize(
     `growth` is as in a checkpoint's state, `ranks` are the present ones, `checkpoint` is the last one committed,
     `accuracy` is a masked objective's. There the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
     """
-    executed, dense = executed_flops(config, ranks, growth, step)
+    executed, dense = executed_flops(config, ranks, growth, consumed_samples)
     best = validation_loss if validation_loss is not None else lm_loss
     return {
         "objective": config.train.objective,
         "step": step,
         "steps": config.train.steps,
         "skipped_steps": skipped_steps,
-        "consumed_tokens": config.model.sequence_length
-        * samples_before(step, config.train.global_batch, config.train.batch_ramp),
+        "consumed_tokens": config.model.sequence_length * consumed_samples,
         "lm_loss": lm_loss,
         "validation_loss": validation_loss,
         "accuracy": accuracy,

@@ -21,7 +21,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,25 +38,9 @@ from model.sharding import TensorLayout
 from model.spectrum import gram_singular_values, matrix_singular_values, singular_values, update_grams
 from pretrain.checkpoint_format import Fragment
 from pretrain.config import RunConfig
-from pretrain.errors import ConfigError
 from pretrain.initial_values import InitialValues
 from pretrain.optimizer_state import gather, optimizer_state
 from pretrain.spectrum_report import Measurement
-
-
-def check_same_start(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """ConfigError if the run with config `saved` that is continued did not start where `config` says."""
-    for name, before, now in (
-        ("model.initial_std", saved["model"]["initial_std"], config.model.initial_std),
-        ("rank.initial", saved["rank"]["initial"], config.rank.initial),
-        ("train.precision", saved["train"]["precision"], config.train.precision),
-        ("checkpoint.start_from", saved["checkpoint"].get("start_from"), config.checkpoint.start_from),
-    ):
-        if before != now:
-            raise ConfigError(
-                f"rank.track compares weights with those the run started from, and the checkpoint is of a run with "
-                f"{name} {before}, now it is {now}: set {name} back, or rank.track=false"
-            )
 
 
 class Tracker:

@@ -22,16 +22,14 @@ from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
 from pretrain.errors import CheckpointError, EspalierError, run_command
-from pretrain.initial_values import check_start
+from pretrain.initial_values import check_same_start, check_start
 from pretrain.monitor import Monitor
 from pretrain.objective import corpus_for, mask_token
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
 from pretrain.run_folder import refuse_foreign_folder, write_run_record
-from pretrain.schedule import samples_before
 from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer
-from pretrain.tracking import check_same_start
-from pretrain.trainer import Trainer, validation_samples
+from pretrain.trainer import Trainer, samples_of_the_run, validation_samples
 
 
 def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
@@ -39,8 +37,11 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
     train, checkpoint, state = run.config.train, run.config.checkpoint, run.state
     loss, validation, saved = float("nan"), None, None
     while state.step < train.steps:
-        growth = run.augment_if_due()
-        if growth is not None:
+        decision = run.decide_if_due()
+        if decision is not None:
+            monitor.decision(state.step, decision.seconds, decision.flops)
+        if decision is not None and decision.growth is not None:
+            growth = decision.growth
             monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds)
 
         metrics = run.train_step()
@@ -64,6 +65,7 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
             run.model.ranks(),
             history,
             step=state.step,
+            consumed_samples=state.consumed_samples,
             lm_loss=loss,
             validation_loss=None if validation is None else validation.lm_loss,
             accuracy=None if validation is None else validation.accuracy,
@@ -100,13 +102,13 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     corpus = open_corpus(
         config.data,
         config.model,
-        training_samples=_samples_of_the_run(config, reader),
+        training_samples=samples_of_the_run(config, *_progress(reader)),
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
         cache=cache,
     )
     together(lambda: _check_same_samples(reader, config, corpus))
-    if reader is not None and config.rank.track:
+    if reader is not None:
         check_same_start(reader.state["config"], config)
     corpus = corpus_for(config.train, corpus, config.run.seed)
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
@@ -165,15 +167,9 @@ def _verified(folder: Path) -> CheckpointReader:
     return reader
 
 
-def _samples_of_the_run(config: RunConfig, reader: CheckpointReader | None) -> int:
-    """Sequences consumed by the end: those of the checkpoint, whatever its batches were, and those still to come."""
-
-    def before(step: int) -> int:
-        return samples_before(step, config.train.global_batch, config.train.batch_ramp)
-
-    if reader is None:
-        return before(config.train.steps)
-    return int(reader.state["train"]["consumed_samples"]) + before(config.train.steps) - before(reader.step)
+def _progress(reader: CheckpointReader | None) -> tuple[int, int]:
+    """Steps taken and sequences consumed when the run begins."""
+    return (0, 0) if reader is None else (reader.step, int(reader.state["train"]["consumed_samples"]))
 
 
 def _check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpus: Corpus) -> None:

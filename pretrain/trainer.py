@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.arithmetic import gram_flops, probe_flops_per_token
 from model.config import factored_projections, round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
@@ -37,7 +39,7 @@ from pretrain.config import RunConfig
 from pretrain.corpus import Corpus, batch_at, micro_batch_start
 from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.engine import build_engine, gradient_norm, set_learning_rate
-from pretrain.errors import NumericalError
+from pretrain.errors import CheckpointError, NumericalError
 from pretrain.initial_values import initial_factors, initial_model
 from pretrain.layout import Layout
 from pretrain.monitor import StepMetrics
@@ -45,9 +47,8 @@ from pretrain.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.policies import affordable_parameters, build_policy
 from pretrain.policies.explained_ratio import untrained_ranks
 from pretrain.policies.gradient import PROBED_STEPS
-from pretrain.policies.policy import Measured
 from pretrain.probe import GradientProbe
-from pretrain.processes import together
+from pretrain.processes import is_first_process, together
 from pretrain.schedule import global_batch_at, learning_rate, samples_before
 from pretrain.spectrum_report import Measurement
 from pretrain.tracking import Tracker
@@ -85,6 +86,18 @@ class Validation:
     """Share of the tokens predicted right; masked objective only."""
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What came of asking the policy, and what asking cost."""
+
+    growth: GrowthRecord | None
+    """None: ranks stay."""
+    seconds: float
+    """Of measuring and deciding, without the growth."""
+    flops: float
+    """Of Gram matrices, and of the probes in the steps before."""
+
+
 class Trainer:
     """One run on the present process groups."""
 
@@ -94,12 +107,13 @@ class Trainer:
         self.policy = build_policy(config.rank, config.train.steps)
         self.probe = GradientProbe(config.rank.probe, config.run.seed) if "demand" in self.policy.needs else None
         self.tracker = together(lambda: Tracker(config)) if config.rank.track else None
-        self._initial: dict[str, tuple[Tensor, Tensor]] | None = None
         if reader is None:
             self.engine = self._new_engine(initial_model(config))
         else:
             self.engine = self._new_engine(build_model(config.model, reader.state["ranks"], seed=config.run.seed))
             self._restore(reader)
+        updates_needed = "update" in self.policy.needs
+        self._initial = together(lambda: initial_factors(self.model, config)) if updates_needed else {}
 
     @property
     def model(self) -> EspalierModel:
@@ -114,7 +128,7 @@ class Trainer:
         """One optimizer step on the next unseen samples."""
         start = time.perf_counter()
         train, state = self.config.train, self.state
-        sequences = global_batch_at(state.step, train.global_batch, train.batch_ramp)
+        sequences = self._global_batch(state.step)
         accumulation = sequences // (train.micro_batch * self.layout.data)
         self.engine.set_train_batch_size(sequences)
         rate = learning_rate(state.step, self.config.schedule, self.config.optimizer, train.steps)
@@ -143,6 +157,7 @@ class Trainer:
             total += loss.detach()
         dist.all_reduce(total, group=data_group())
         if self.probe is not None and probed is not None:
+            self._refuse_non_finite_weights()
             self.probe.collect(self.model, loss_scale or 1.0)
         self._count(sequences)
         return StepMetrics(
@@ -203,7 +218,8 @@ class Trainer:
         """What the model makes of the validation sequences, always the same ones."""
         micro_batch = self.config.train.micro_batch
         byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
-        sums = torch.zeros(4, dtype=torch.float64)
+        masked = self.config.train.objective == "mlm"
+        sums = torch.zeros(3, dtype=torch.float64)
         self._refuse_non_finite_weights()
         self.engine.eval()
         for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
@@ -211,16 +227,18 @@ class Trainer:
             mask = batch["loss_mask"].double()
             logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
             losses = self.model.compute_language_model_loss(batch["labels"].to(device()), logits.transpose(0, 1))
-            right = self.model.likeliest_tokens(logits).cpu() == batch["labels"]
-            length = byte_lengths[batch["labels"]]
-            sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), right, mask, length)])
+            counted = self._right_tokens(logits, batch) if masked else byte_lengths[batch["labels"]]
+            sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), mask, counted)])
         self.engine.train()
         sums = sums.to(device())
         dist.all_reduce(sums, group=data_group())
-        nats, right_tokens, tokens, bytes_ = sums.tolist()
-        if self.config.train.objective == "mlm":
-            return Validation(nats / tokens, accuracy=right_tokens / tokens)
-        return Validation(nats / tokens, bits_per_byte=nats / math.log(2) / bytes_)
+        nats, tokens, counted = sums.tolist()
+        if masked:
+            return Validation(nats / tokens, accuracy=counted / tokens)
+        return Validation(nats / tokens, bits_per_byte=nats / math.log(2) / counted)
+
+    def _right_tokens(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return self.model.likeliest_tokens(logits).cpu() == batch["labels"]
 
     def validates_after(self, step: int) -> bool:
         """Whether `step` is the last one or one of every `train.validate_every`."""
@@ -240,49 +258,63 @@ class Trainer:
 
     # Ranks ------------------------------------------------------------------------------------------------------------
 
-    def augment_if_due(self) -> GrowthRecord | None:
-        """Lets the policy decide, and carries its decision out; None when ranks stay."""
-        step = self.state.step
+    def decide_if_due(self) -> Decision | None:
+        """Asks the policy, and carries out what it wants; None when it has nothing to decide after this step."""
+        start, step = time.perf_counter(), self.state.step
         if not self.policy.due(step):
             return None
         self._refuse_non_finite_weights()
-        measured = self._measure(self.policy.needs)
+        flops = self._measurement_flops()
+        measured = self._measure()
         plan = plan_growth(self.model, self.policy, self.config.rank, step, measured, self._affordable_parameters())
+        seconds = time.perf_counter() - start
         if plan is None:
-            return None
+            return Decision(None, seconds, flops)
         directed = measured.demand if self.config.rank.directed else {}
         self.engine, record = augment(
             self.engine,
             plan,
             rebuild=self._new_engine,
             seed=self.config.run.seed,
+            consumed_samples=self.state.consumed_samples,
             directions={name: demand.rows for name, demand in directed.items()},
         )
         self.state.growth.append(record)
-        return record
+        return Decision(record, seconds, flops)
 
-    def _measure(self, needs: frozenset[Measured]) -> RankMeasurement:
-        if "update" in needs and self._initial is None:
-            self._initial = initial_factors(self.model, self.config)
+    def _measure(self) -> RankMeasurement:
+        needs = self.policy.needs
         return RankMeasurement(
             product=self.spectra() if "product" in needs else {},
-            update={} if self._initial is None else measure_updates(self.model, self._initial),
+            update=measure_updates(self.model, self._initial) if "update" in needs else {},
             demand={} if self.probe is None else self.probe.demand(self.model),
         )
 
+    def _measurement_flops(self) -> float:
+        """Of what the coming decision is told: Gram matrices, and the probes of the steps before."""
+        config, ranks, flops = self.config.model, self.model.ranks(), 0
+        if "product" in self.policy.needs:
+            flops += gram_flops(config, ranks)
+        if "update" in self.policy.needs:
+            initial = {name: len(A) for name, (A, _) in self._initial.items()}
+            flops += gram_flops(config, {name: rank + initial.get(name, 0) for name, rank in ranks.items()})
+        if self.probe is not None and self.probe.measuring:
+            batches = [self._global_batch(self.state.step - left) for left in range(1, PROBED_STEPS + 1)]
+            tokens = sum(batches) * config.sequence_length
+            flops += tokens * probe_flops_per_token(config, ranks, self.config.rank.probe)
+        return float(flops)
+
+    def _global_batch(self, step: int) -> int:
+        return global_batch_at(step, self.config.train.global_batch, self.config.train.batch_ramp)
+
     def _affordable_parameters(self) -> int | None:
-        train, state = self.config.train, self.state
-        growth = [asdict(record) for record in state.growth]
-        moments = {*(record.step for record in state.growth), state.step, train.steps}
-        samples = {moment: samples_before(moment, train.global_batch, train.batch_ramp) for moment in moments}
         return affordable_parameters(
             self.config.rank,
             factored_projections(self.config.model),
             self.model.ranks(),
-            growth,
-            samples,
-            train.steps,
-            state.step,
+            [asdict(record) for record in self.state.growth],
+            self.state.consumed_samples,
+            samples_of_the_run(self.config, self.state.step, self.state.consumed_samples),
         )
 
     def _steps_to_probed_decision(self) -> int | None:
@@ -313,7 +345,7 @@ class Trainer:
             extra_files = {"tokenizer.model": Path(self.config.data.tokenizer)}
             if probed:
                 extra_files[PROBE_NAME] = Path(scratch) / PROBE_NAME
-                together(lambda: save_file(probed, extra_files[PROBE_NAME]))
+                together(lambda: _write_probe(probed, extra_files[PROBE_NAME]))
             return write_checkpoint(
                 root,
                 self.state.step,
@@ -359,9 +391,26 @@ class Trainer:
             self.probe.load(self.model, load_file(reader.extra_file(PROBE_NAME)))
 
 
+def _write_probe(tensors: dict[str, Tensor], path: Path) -> None:
+    """On process 0, from which a checkpoint takes its extra files."""
+    if not is_first_process():
+        return
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written ({error}): free space there, or set TMPDIR") from error
+
+
 def validation_samples(config: RunConfig, layout: Layout) -> int:
     """Sequences of one validation: `train.validation_sequences`, rounded up to whole micro-steps."""
     return round_up(config.train.validation_sequences, config.train.micro_batch * layout.data)
+
+
+def samples_of_the_run(config: RunConfig, step: int, consumed: int) -> int:
+    """Sequences consumed at the end by a run that has `consumed` behind it at `step`, whatever its batches were."""
+    train = config.train
+    end, now = (samples_before(moment, train.global_batch, train.batch_ramp) for moment in (train.steps, step))
+    return consumed + end - now
 
 
 def _agreed(message: str) -> NumericalError:

@@ -103,7 +103,7 @@ class SmallRun:
         layers = self.engine.module.factored_layers()
         growing = {name: row_norm(layers[name].A) for name, rank in ranks.items() if rank >= layers[name].rank}
         plan = GrowthPlan(self.step, dict(ranks), growing)
-        self.engine, _ = augment(self.engine, plan, rebuild=self.new_engine, seed=1)
+        self.engine, _ = augment(self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0)
 
     def logical_state(self) -> dict[str, dict[str, Tensor]]:
         """Whole masters and moments by key and name; frozen parameters have a master alone."""

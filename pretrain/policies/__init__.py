@@ -1,6 +1,6 @@
 """Rank policies: pure decisions about which layer grows to which rank, one module each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from model.config import Projection
 from pretrain.policies.budget import affordable_parameters, check_budget
@@ -13,7 +13,7 @@ from pretrain.policies.policy import (
     Policy,
     RankConfig,
     RankEvent,
-    factor_parameters,
+    decide_ranks,
     limit_growth,
     rank_cap,
     truncated_ranks,
@@ -28,7 +28,8 @@ __all__ = [
     "affordable_parameters",
     "build_policy",
     "check_rank_config",
-    "factor_parameters",
+    "check_start_ranks",
+    "decide_ranks",
     "limit_growth",
     "rank_cap",
     "truncated_ranks",
@@ -57,13 +58,6 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
                 "or rank.policy=fixed"
             )
         return
-    narrowest = min(factored, key=lambda projection: projection.break_even_rank)
-    if rank.initial > narrowest.break_even_rank:
-        raise ValueError(
-            f"rank.initial {rank.initial} is above the break-even rank {narrowest.break_even_rank} of {narrowest.name} "
-            f"({narrowest.out_features} x {narrowest.in_features}), where factors cost more than the dense weight: "
-            "lower rank.initial"
-        )
     if rank.events and rank.policy != "schedule":
         raise ValueError(
             f"rank.events belongs to rank.policy=schedule, and the policy is {rank.policy}: change one of them"
@@ -81,11 +75,23 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
         check_events(rank, factored, steps)
     if rank.policy == "explained_ratio":
         check_buffer(rank)
-    if rank.policy == "gradient":
-        check_probe(rank, factored)
     if rank.truncate and rank.policy in ("fixed", "schedule"):
         raise ValueError(
             f"rank.truncate {rank.truncate:g} is for policies that measure, and rank.policy is {rank.policy}: "
             "leave rank.truncate out or change the policy"
         )
-    check_budget(rank, factored)
+    check_start_ranks(rank, factored, {projection.name: rank.initial for projection in factored})
+
+
+def check_start_ranks(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
+    """ValueError if the policy cannot begin at these `ranks`."""
+    for projection in factored:
+        if ranks[projection.name] > projection.break_even_rank:
+            raise ValueError(
+                f"rank.initial {ranks[projection.name]} is above the break-even rank {projection.break_even_rank} of "
+                f"{projection.name} ({projection.out_features} x {projection.in_features}), where factors cost more "
+                "than the dense weight: lower rank.initial"
+            )
+    if rank.policy == "gradient":
+        check_probe(rank, factored, ranks)
+    check_budget(rank, factored, ranks)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.config import Projection
-from pretrain.policies.policy import RankConfig, direction_cost
+from pretrain.policies.policy import RankConfig, direction_cost, rank_text
 
 
 def dense_parameters(factored: Sequence[Projection]) -> int:
@@ -22,35 +22,34 @@ def affordable_parameters(
     factored: Sequence[Projection],
     ranks: Mapping[str, int],
     growth: Sequence[Mapping[str, Any]],
-    samples: Mapping[int, int],
-    steps: int,
-    step: int,
+    consumed_samples: int,
+    samples_of_the_run: int,
 ) -> int | None:
-    """Most parameters that all factors may have from `step` on; None without a budget.
+    """Most parameters that all factors may have from now on; None without a budget.
 
-    `ranks`: the present ones; `growth`: events as in a checkpoint's state; `samples`: sequences consumed before each of
-    their steps, before `step` and before `steps`.
+    `ranks`: the present ones; `growth`: events as in a checkpoint's state; the other two count sequences, those so far
+    and those at the end.
     """
     if rank.budget is None:
         return None
     allowed = rank.budget * dense_parameters(factored)
     if rank.budget_unit == "parameters":
         return int(allowed)
-    spent, current, end = 0, dict(ranks), step
-    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
-        spent += _parameters(factored, current) * (samples[end] - samples[event["step"]])
+    spent, current, end = 0, dict(ranks), consumed_samples
+    for event in reversed(growth):
+        spent += _parameters(factored, current) * (end - event["consumed_samples"])
         current |= event["before"]
-        end = event["step"]
-    spent += _parameters(factored, current) * samples[end]
-    return int((allowed * samples[steps] - spent) / (samples[steps] - samples[step]))
+        end = event["consumed_samples"]
+    spent += _parameters(factored, current) * end
+    return int((allowed * samples_of_the_run - spent) / (samples_of_the_run - consumed_samples))
 
 
 def _parameters(factored: Sequence[Projection], ranks: Mapping[str, int]) -> int:
     return sum(ranks[projection.name] * direction_cost(projection) for projection in factored)
 
 
-def check_budget(rank: RankConfig, factored: Sequence[Projection]) -> None:
-    """ValueError if the ranks at the start already cost more than the budget, or nothing would heed it."""
+def check_budget(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
+    """ValueError if the `ranks` at the start already cost more than the budget, or nothing would heed it."""
     if rank.budget is None:
         if rank.budget_unit != "parameters":
             raise ValueError(f"rank.budget_unit is {rank.budget_unit}, and there is no budget: set rank.budget")
@@ -60,10 +59,10 @@ def check_budget(rank: RankConfig, factored: Sequence[Projection]) -> None:
             f"rank.budget {rank.budget:g} is for policies that decide by themselves, and rank.policy is {rank.policy}: "
             "leave rank.budget out or change the policy"
         )
-    start, dense = rank.initial * sum(map(direction_cost, factored)), dense_parameters(factored)
+    start, dense = _parameters(factored, ranks), dense_parameters(factored)
     if start > rank.budget * dense:
         raise ValueError(
             f"rank.budget {rank.budget:g} allows {int(rank.budget * dense):,} parameters in factored layers, and "
-            f"rank.initial {rank.initial} starts with {start:,} ({start / dense:.3f} of the dense {dense:,}): "
-            "raise rank.budget or lower rank.initial"
+            f"rank {rank_text(ranks)} starts with {start:,} ({start / dense:.3f} of the dense {dense:,}): raise "
+            "rank.budget or start with a lower rank.initial"
         )

@@ -18,7 +18,7 @@ on the spot does not help: a trained model meets them with a gradient that is or
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from model.config import Projection
 from pretrain.policies.excess_explained_ratio import used_rank
@@ -70,13 +70,14 @@ class GradientPolicy:
         return used >= NEEDED_SHARE * layer.rank and bool(layer.demand[:1].sum() > 0.0)
 
     def _offers(self, layer: LayerMeasurement) -> list[tuple[float, str, int, int]]:
-        """(-worth, name, rank before, cost) of each quantum that the measured directions fill."""
+        """(-worth, name, rank before, cost) of each quantum in which there are measured directions; the last one may
+        hold fewer than it has place for, and is worth as much less."""
         quantum, projection = self._rank.quantum, layer.projection
         cost = quantum * direction_cost(projection)
-        room = min(largest_rank(layer, quantum) - layer.rank, len(layer.demand))
+        room = largest_rank(layer, quantum) - layer.rank
         return [
             (-float(layer.demand[first : first + quantum].sum()) / cost, projection.name, layer.rank + first, cost)
-            for first in range(0, room // quantum * quantum, quantum)
+            for first in range(0, min(room, len(layer.demand)), quantum)
         ]
 
     def _decisions_left(self, step: int) -> int:
@@ -86,20 +87,24 @@ class GradientPolicy:
         )
 
 
-def check_probe(rank: RankConfig, factored: Sequence[Projection]) -> None:
-    """ValueError if a probe does not fit outside the factors, or a decision cannot wait for it."""
+def check_probe(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
+    """ValueError if a probe does not fit outside the factors at the start, or a decision cannot wait for it."""
     for projection in factored:
-        narrow = min(projection.in_features, projection.out_features)
-        if rank.probe > narrow - rank.initial:
+        left = min(projection.in_features, projection.out_features) - ranks[projection.name]
+        if rank.probe > left:
             raise ValueError(
-                f"rank.probe {rank.probe} is wider than what rank.initial {rank.initial} leaves of {projection.name} "
-                f"({projection.out_features} x {projection.in_features}), {narrow - rank.initial} directions: "
-                "lower rank.probe"
+                f"rank.probe {rank.probe} is wider than what rank {ranks[projection.name]} leaves of {projection.name} "
+                f"({projection.out_features} x {projection.in_features}), {left} directions: lower rank.probe"
             )
     if rank.probe < rank.quantum:
         raise ValueError(
             f"rank.probe {rank.probe} finds fewer directions than one rank.quantum {rank.quantum} has: "
             "raise rank.probe or lower rank.quantum"
+        )
+    if 0 < rank.start_step < PROBED_STEPS:
+        raise ValueError(
+            f"rank.start_step {rank.start_step} leaves no {PROBED_STEPS} steps to measure gradients before the first "
+            f"decision: set it to 0, or to {PROBED_STEPS} or more"
         )
     if rank.check_every < PROBED_STEPS:
         raise ValueError(

@@ -123,6 +123,12 @@ def direction_cost(projection: Projection) -> int:
     return projection.in_features + projection.out_features
 
 
+def rank_text(ranks: Mapping[str, int]) -> str:
+    """`16`, or `8 to 32` where layers differ."""
+    least, most = min(ranks.values()), max(ranks.values())
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 def factor_parameters(layers: Sequence[LayerMeasurement], changed: Mapping[str, int]) -> int:
     """Parameters of all factors, with the ranks in `changed` instead of the present ones."""
     return sum(changed.get(layer.projection.name, layer.rank) * direction_cost(layer.projection) for layer in layers)
@@ -166,6 +172,20 @@ def limit_growth(
             granted[name] += step_up
             left -= cost
     return {name: new for name, new in granted.items() if new > by_name[name].rank}
+
+
+def decide_ranks(
+    policy: Policy, rank: RankConfig, step: int, layers: Sequence[LayerMeasurement], affordable: int | None
+) -> dict[str, int]:
+    """The new ranks after `step` steps, by `Projection.name`, of the layers that change; empty: none does.
+
+    What truncation frees can be had by other layers at once; a layer that is cut does not grow in the same decision.
+    `affordable`: parameters that all layers together may have afterwards; None: any number.
+    """
+    lower = truncated_ranks(layers, rank)
+    room = None if affordable is None else affordable - factor_parameters(layers, lower)
+    growing = [layer for layer in layers if layer.projection.name not in lower]
+    return lower | limit_growth(policy.targets(step, growing, room), growing, rank, step, room)
 
 
 def truncated_ranks(layers: Sequence[LayerMeasurement], rank: RankConfig) -> dict[str, int]:

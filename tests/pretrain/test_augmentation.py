@@ -233,7 +233,8 @@ def test_processes_that_disagree_about_a_plan_stop_together() -> None:
 
 def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int], list[int]]:
     left_by_other_tests = live_engines()
-    small = SmallRun(config, uniform_ranks(config, 4), Case(stage=1, precision="bf16"))
+    # Not bf16: on processors with bf16 instructions oneDNN keeps the kernels it compiled for every shape it has seen.
+    small = SmallRun(config, uniform_ranks(config, 4), Case(stage=1, precision="fp16"))
     small.train(1)
     engines, hooks, resident = [], [], []
     for _ in range(events):

@@ -181,7 +181,17 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path, capsys):
 
 
 def test_summary_is_shown_and_kept(tmp_path, capsys):
-    facts = summarize(CONFIG, RANKS, [], step=20, lm_loss=2.0, validation_loss=1.5, skipped_steps=0, checkpoint=None)
+    facts = summarize(
+        CONFIG,
+        RANKS,
+        [],
+        step=20,
+        consumed_samples=80,
+        lm_loss=2.0,
+        validation_loss=1.5,
+        skipped_steps=0,
+        checkpoint=None,
+    )
     monitor = opened(tmp_path)
     monitor.summary(facts)
     monitor.close()
@@ -193,7 +203,14 @@ def test_a_masked_run_shows_its_accuracy(tmp_path, capsys):
     masked = parse_config(CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | {"objective": "mlm"}})
     monitor = Monitor(tmp_path, masked, RANKS, active=True)
     monitor.validation(5, 2.5, accuracy=0.25)
-    summary = {"step": 20, "lm_loss": 2.0, "validation_loss": 1.5, "skipped_steps": 0, "checkpoint": tmp_path / "one"}
+    summary = {
+        "step": 20,
+        "consumed_samples": 80,
+        "lm_loss": 2.0,
+        "validation_loss": 1.5,
+        "skipped_steps": 0,
+        "checkpoint": tmp_path / "one",
+    }
     monitor.summary(summarize(masked, RANKS, [], accuracy=0.5, **summary))
     monitor.close()
     events = tensorboard(tmp_path)

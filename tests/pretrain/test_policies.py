@@ -11,6 +11,8 @@ from pretrain.policies import (
     affordable_parameters,
     build_policy,
     check_rank_config,
+    check_start_ranks,
+    decide_ranks,
     limit_growth,
     rank_cap,
     truncated_ranks,
@@ -167,11 +169,12 @@ MODEL = ModelConfig(layers=1, hidden=64, heads=4, ffn=192, family="gpt2")  # pro
         ({"initial": 16, "budget_unit": "flops"}, "there is no budget: set rank.budget"),
         (
             {"policy": "gradient", "initial": 16, "budget": 0.25},
-            "rank.budget 0.25 allows 10,240 parameters in factored layers, and rank.initial 16 starts with 14,336",
+            "rank.budget 0.25 allows 10,240 parameters in factored layers, and rank 16 starts with 14,336",
         ),
-        ({"policy": "gradient", "initial": 16, "probe": 49}, "rank.probe 49 is wider than what rank.initial 16 leaves"),
+        ({"policy": "gradient", "initial": 16, "probe": 49}, "rank.probe 49 is wider than what rank 16 leaves"),
         ({"policy": "gradient", "initial": 16, "probe": 8}, "fewer directions than one rank.quantum 16"),
         ({"policy": "gradient", "initial": 16, "check_every": 2}, "rank.check_every 2 leaves no 3 steps"),
+        ({"policy": "gradient", "initial": 16, "start_step": 2}, "rank.start_step 2 leaves no 3 steps"),
     ],
 )
 def test_rank_settings_that_cannot_work_are_refused(settings, words):
@@ -252,6 +255,14 @@ def test_gradient_grants_the_quanta_that_are_worth_most():
     assert gradient_policy(**one_left).targets(10, [wide, square], 10_000) == {"wide": 16, "square": 16}
 
 
+def test_gradient_offers_a_last_quantum_that_is_only_partly_measured():
+    used, last = np.ones(16), {"stop_step": 10}
+    three = learned(8, used, [2.0, 1.0, 1.0], SQUARE)  # 4 over 4 x 128
+    six = learned(8, used, [4.0, 4.0, 4.0, 4.0, 4.0, 4.0])  # 16 and 8 over 4 x 256
+    assert gradient_policy(**last).targets(10, [three, six], 10_000) == {"wide": 16, "square": 12}
+    assert gradient_policy(**last).targets(10, [three], 512) == {"square": 12}
+
+
 def test_gradient_spreads_its_budget_over_the_decisions_left():
     layer = learned(8, np.ones(16), np.ones(8), SQUARE)
     policy = gradient_policy(stop_step=40)  # decisions at 10, 20, 30 and 40
@@ -285,16 +296,39 @@ def test_budget_in_parameters_and_in_flops_of_the_whole_run():
     dense = 64 * 192 + 64 * 64
     parts = [WIDE, SQUARE]
     parameters = RankConfig(budget=0.5)
-    assert affordable_parameters(parameters, parts, {"wide": 8, "square": 8}, [], {}, 100, 50) == dense // 2
-    assert affordable_parameters(RankConfig(), parts, {"wide": 8, "square": 8}, [], {}, 100, 50) is None
+    assert affordable_parameters(parameters, parts, {"wide": 8, "square": 8}, [], 150, 300) == dense // 2
+    assert affordable_parameters(RankConfig(), parts, {"wide": 8, "square": 8}, [], 150, 300) is None
     flops = RankConfig(budget=0.5, budget_unit="flops")
     # 40 of 100 steps at rank 8, 10 at 16: what they left of half of the dense run's is for the other 50.
-    growth = [{"step": 40, "before": {"wide": 8, "square": 8}, "after": {"wide": 16, "square": 16}}]
-    samples = {step: 3 * step for step in (40, 50, 100)}
+    growth = [{"consumed_samples": 120, "before": {"wide": 8, "square": 8}, "after": {"wide": 16, "square": 16}}]
     cost = 64 + 192 + 64 + 64
     expected = (0.5 * dense * 100 - 8 * cost * 40 - 16 * cost * 10) / 50
     now = {"wide": 16, "square": 16}
-    assert affordable_parameters(flops, parts, now, growth, samples, 100, 50) == int(expected)
+    assert affordable_parameters(flops, parts, now, growth, 150, 300) == int(expected)
+
+
+def test_what_truncation_frees_is_granted_once():
+    """A layer that is cut does not grow at once, so all layers together keep to the budget."""
+    rank = RankConfig(policy="gradient", initial=16, quantum=4, probe=8, truncate=0.01, budget=1.0, stop_step=100)
+    steep = LayerMeasurement(WIDE, 16, np.array([1.0] * 4 + [1e-3] * 12), np.ones(32), np.ones(8))
+    flat = LayerMeasurement(SQUARE, 16, np.ones(16), np.ones(32), np.ones(8))
+    policy = build_policy(rank, 100)
+    spent = 16 * (256 + 128)
+    for affordable in (spent, spent + 4 * 256):
+        decided = decide_ranks(policy, rank, 100, [steep, flat], affordable)
+        assert decided == {"wide": 4, "square": 24}
+        assert decided["wide"] * 256 + decided["square"] * 128 <= affordable
+
+
+def test_the_ranks_of_a_start_are_checked_one_by_one():
+    parts, ranks = [WIDE, SQUARE], {"wide": 8, "square": 24}
+    check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, budget=0.5), parts, ranks)
+    with pytest.raises(ValueError, match="rank 8 to 24 starts with 5,120"):
+        check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, budget=0.3), parts, ranks)
+    with pytest.raises(ValueError, match=r"rank\.probe 41 is wider than what rank 24 leaves of square"):
+        check_start_ranks(RankConfig(policy="gradient", initial=8, probe=41), parts, ranks)
+    with pytest.raises(ValueError, match="40 is above the break-even rank 32 of square"):
+        check_start_ranks(RankConfig(initial=8), parts, ranks | {"square": 40})
 
 
 def test_truncation_cuts_the_tail_that_holds_no_energy():

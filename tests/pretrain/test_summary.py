@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from model.config import factored_projections
-from pretrain.config import parse_config
+from pretrain.config import RunConfig, parse_config
 from pretrain.summary import dense_flops_ratio, executed_flops, perplexity, summarize, summary_text
 from tests.reference import frozen_names, tensor_shapes
 
@@ -28,8 +29,14 @@ def grown(names: list[str], rank: int) -> dict[str, int]:
 
 
 GROWTH = [
-    {"step": 3, "before": {NAMES[0]: 8}, "after": {NAMES[0]: 16}, "seconds": 0.5},
-    {"step": 6, "before": {NAMES[0]: 16, NAMES[1]: 8}, "after": {NAMES[0]: 24, NAMES[1]: 16}, "seconds": 0.25},
+    {"step": 3, "consumed_samples": 12, "before": {NAMES[0]: 8}, "after": {NAMES[0]: 16}, "seconds": 0.5},
+    {
+        "step": 6,
+        "consumed_samples": 24,
+        "before": {NAMES[0]: 16, NAMES[1]: 8},
+        "after": {NAMES[0]: 24, NAMES[1]: 16},
+        "seconds": 0.25,
+    },
 ]
 FINAL = {**START, NAMES[0]: 24, NAMES[1]: 16}
 
@@ -38,14 +45,14 @@ def test_flops_are_counted_at_the_ranks_each_step_had():
     per_token = [training_flops_per_token(CONFIG.model, ranks) for ranks in (START, grown(NAMES[:1], 16), FINAL)]
     tokens = 4 * 32
     expected = tokens * (3 * per_token[0] + 3 * per_token[1] + 4 * per_token[2])
-    executed, dense = executed_flops(CONFIG, FINAL, GROWTH, 10)
+    executed, dense = executed_flops(CONFIG, FINAL, GROWTH, 40)
     assert executed == expected
     assert dense == 10 * tokens * training_flops_per_token(CONFIG.model, {})
     assert executed < dense
 
 
 def test_a_dense_run_costs_what_the_dense_model_costs():
-    executed, dense = executed_flops(CONFIG, {}, [], 10)
+    executed, dense = executed_flops(CONFIG, {}, [], 40)
     assert executed == dense
     assert dense_flops_ratio(CONFIG, {}) == 1.0
 
@@ -69,9 +76,24 @@ def test_an_additive_model_is_the_dense_one_and_its_factors(family, layers):
     assert training_flops_per_token(factors_alone, ranks) < training_flops_per_token(config, ranks)
 
 
+def _summarized(config: RunConfig, ranks: dict[str, int], *, step: int, consumed_samples: int) -> dict[str, Any]:
+    """Of a run that neither grew, nor validated, nor saved."""
+    return summarize(
+        config,
+        ranks,
+        [],
+        step=step,
+        consumed_samples=consumed_samples,
+        lm_loss=3.0,
+        validation_loss=None,
+        skipped_steps=0,
+        checkpoint=None,
+    )
+
+
 def test_summary_tells_trained_from_frozen(tmp_path):
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"parametrization": "additive"})})
-    facts = summarize(config, START, [], step=9, lm_loss=3.0, validation_loss=None, skipped_steps=0, checkpoint=None)
+    facts = _summarized(config, START, step=9, consumed_samples=36)
     total, trained = total_parameters(config.model, START), trained_parameters(config.model, START)
     share = 100 * total / total_parameters(config.model, {})
     expected = f"parameters {total:,} ({trained:,} trained, the others frozen): {share:.1f} % of the dense model's"
@@ -90,6 +112,7 @@ def test_summary_holds_the_facts_and_the_next_commands(tmp_path):
         FINAL,
         GROWTH,
         step=10,
+        consumed_samples=40,
         lm_loss=3.0,
         validation_loss=2.5,
         skipped_steps=1,
@@ -110,7 +133,7 @@ def test_summary_holds_the_facts_and_the_next_commands(tmp_path):
 
 
 def test_summary_of_a_dense_run_without_checkpoint():
-    facts = summarize(CONFIG, {}, [], step=5, lm_loss=3.0, validation_loss=None, skipped_steps=0, checkpoint=None)
+    facts = _summarized(CONFIG, {}, step=5, consumed_samples=20)
     text = summary_text(facts, Path("runs/x"))
     assert "training loss 3.0000" in text
     assert "100.0 % of the dense model's" in text

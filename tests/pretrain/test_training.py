@@ -14,8 +14,10 @@ import psutil
 import pytest
 import torch
 
+from model.config import factored_projections
 from pretrain.checkpoint_format import KEYS
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
+from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
 from tests.distributed import run
 from tests.training_runs import curve, make_corpus, train_in_workers, write_config
@@ -166,9 +168,57 @@ def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
 def test_explained_ratio_grows_by_its_spectra_and_reports_its_null(corpus: Path, tmp_path: Path) -> None:
     rank = {"policy": "explained_ratio", "initial": 8, "buffer": 4, "check_every": 3, "events": []}
     folder = _train(corpus, tmp_path / "run", 2, "parallel.tensor=2", rank=rank)
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "null"] == [0]
+    assert [event["step"] for event in _events(folder, "null")] == [0]
     assert curve(folder)[-1]["mean_rank"] > 8
+
+
+def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "excess_explained_ratio": {"buffer": 2, "budget": 0.6},
+    "gradient": {"probe": 4, "budget": 0.6, "budget_unit": "flops"},
+}
+
+
+@pytest.mark.parametrize(("policy", "family"), [("excess_explained_ratio", "llama"), ("gradient", "gpt2")])
+def test_what_was_measured_decides_alike_on_every_layout(
+    corpus: Path, tmp_path: Path, policy: str, family: str
+) -> None:
+    """One process, tensor parallel, data parallel with accumulation: the same ranks, within the budget."""
+    rank = {"policy": policy, "events": [], "check_every": 4, **MEASURED[policy]}
+    sections = {"model": {"family": family}, "rank": rank, "checkpoint": {"every": 12}}
+    curves, states = [], []
+    for number, (processes, overrides) in enumerate(
+        [
+            (1, ["deepspeed.stage=0"]),
+            (2, ["parallel.tensor=2", "deepspeed.stage=1"]),
+            (2, ["train.micro_batch=2", "deepspeed.stage=2"]),
+        ]
+    ):
+        folder = _train(corpus, tmp_path / f"run_{number}", processes, *overrides, **sections)
+        curves.append(curve(folder))
+        states.append(CheckpointReader(folder / "checkpoints" / "step_000000012").state)
+        decisions = _events(folder, "decision")
+        assert [event["step"] for event in decisions] == [4, 8]
+        assert all(event["flops"] > 0.0 and event["seconds"] > 0.0 for event in decisions)
+    assert states[0]["growth"]
+    for found, state in zip(curves[1:], states[1:], strict=True):
+        assert state["ranks"] == states[0]["ranks"]
+        for mine, other in zip(found, curves[0], strict=True):
+            assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
+    config = load_config(str(tmp_path / "run_0.yaml"))
+    layers = factored_projections(config.model)
+    allowed = 0.6 * sum(layer.in_features * layer.out_features for layer in layers)
+    summary = json.loads((tmp_path / "run_0" / "summary.json").read_text())
+    if policy == "gradient":
+        other_flops = summary["dense_training_flops"] - 12 * 8 * 32 * 6 * allowed / 0.6
+        assert summary["training_flops"] - other_flops <= 12 * 8 * 32 * 6 * allowed
+    else:
+        ranks = states[0]["ranks"]
+        assert sum(ranks[layer.name] * (layer.in_features + layer.out_features) for layer in layers) <= allowed
 
 
 def test_divergence_is_one_sentence_and_saves_nothing(corpus: Path, tmp_path: Path) -> None:
@@ -222,7 +272,7 @@ RESUMES = [
 @pytest.mark.parametrize(("settings", "family"), RESUMES)
 def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: dict[str, Any], family: str) -> None:
     """From right before an event (4), right after it (5), several events before the end (2), and between (9); with
-    policy gradient also from the midst of a measurement (2, 7)."""
+    policy gradient also from the midst of a measurement (2, 7) and from between it and the decision (4, 8)."""
     overrides = [f"{key}={value}" for key, value in settings.items()] + ["checkpoint.every=1"]
     sections = {"model": {"family": family, "hidden_dropout": 0.1, "attention_dropout": 0.1}}
     whole = _train(corpus, tmp_path / "whole", 2, *overrides, **sections)
@@ -231,7 +281,7 @@ def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: di
     if settings.get("rank.policy") == "gradient":
         assert final.state["growth"]
         assert (whole / "checkpoints" / "step_000000007" / "probe.safetensors").exists()
-    for step in (2, 7) if settings.get("rank.policy") == "gradient" else (2, 4, 5, 9):
+    for step in (2, 4, 7, 8) if settings.get("rank.policy") == "gradient" else (2, 4, 5, 9):
         again = tmp_path / f"from_{step}"
         _cut_back(whole, again, step)
         _train(corpus, again, 2, *overrides, **sections)
