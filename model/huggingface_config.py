@@ -106,6 +106,8 @@ def _llama_settings(theirs: PretrainedConfig) -> dict[str, Any]:
     _refuse("hidden_act", theirs.hidden_act, _SILU, "our llama has silu")
     _refuse("rope_type", rope.get("rope_type", "default"), {"default"}, "ours are not scaled")
     _refuse("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), {1.0}, "ours turn the whole head")
+    _refuse_nothing("num_key_value_heads", groups)
+    _refuse_nothing("intermediate_size", theirs.intermediate_size)
     if heads and theirs.head_dim != hidden / heads:
         raise ValueError(
             f"its head_dim is {theirs.head_dim}, and ours is hidden_size {hidden} / num_attention_heads {heads}"
@@ -134,6 +136,7 @@ def _gpt2_settings(theirs: PretrainedConfig) -> dict[str, Any]:
     _refuse("reorder_and_upcast_attn", theirs.reorder_and_upcast_attn, {False}, "ours keeps its order and precision")
     _refuse("add_cross_attention", theirs.add_cross_attention, {False}, "ours has a decoder alone")
     _refuse("tie_word_embeddings", theirs.tie_word_embeddings, {True}, "our gpt2 is tied")
+    _refuse_nothing("n_inner", theirs.n_inner)
     return {
         "family": "gpt2",
         "layers": theirs.n_layer,
@@ -147,6 +150,12 @@ def _gpt2_settings(theirs: PretrainedConfig) -> dict[str, Any]:
         "initial_std": theirs.initializer_range,
         "norm_epsilon": theirs.layer_norm_epsilon,
     }
+
+
+def _refuse_nothing(name: str, size: int | None) -> None:
+    """Of sizes for which zero means something else in our settings."""
+    if size is not None and size < 1:
+        raise ValueError(f"its {name} is {size}, and no model has less than 1")
 
 
 def _refuse(name: str, value: object, allowed: set[Any], ours: str) -> None:

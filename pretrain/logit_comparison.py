@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from model.gpt import EspalierModel, build_model
 from model.process_groups import device, single_process
 from pretrain.consolidated import ConsolidatedModel
 from pretrain.consolidated_model import load_model
+from pretrain.dense_source import DenseSource
 from pretrain.errors import CheckpointError
 from pretrain.tokenizer import Tokenizer
 
@@ -89,23 +91,40 @@ def comparison_tokens(consolidated: ConsolidatedModel) -> Tensor:
 def training_logits(consolidated: ConsolidatedModel, tokens: Tensor) -> Tensor:
     """`(sequences, length, vocabulary)` of our own model; it is gone from memory afterwards."""
     with single_process():
-        model = load_model(consolidated).eval()
-        positions = torch.arange(tokens.shape[1], device=device()).expand_as(tokens)
-        logits = model(tokens.to(device()), positions, None)
-        return logits[..., : consolidated.config.vocabulary].float().cpu()
+        return _logits(load_model(consolidated), tokens)
+
+
+@torch.no_grad()
+def dense_logits(source: DenseSource, tokens: Tensor) -> Tensor:
+    """`(sequences, length, vocabulary)` of what was read, in our dense model, before anything is made of it."""
+    with single_process():
+        model = build_model(source.config, {}, seed=0)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.read(name).to(device()))
+        return _logits(model, tokens)
+
+
+def _logits(model: EspalierModel, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[1], device=device()).expand_as(tokens)
+    logits = model.eval()(tokens.to(device()), positions, None)
+    return logits[..., : model.model_config.vocabulary].float().cpu()
 
 
 def load_transformers(folder: Path, *, foreign: bool = False) -> torch.nn.Module:
     """What transformers makes of a folder; `CheckpointError` if it does not find all weights there, or more than those
     in a folder that is not `foreign`: old ones of others hold constants as well."""
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a setting of others leads to inside transformers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     # transformers fills what it misses with random numbers and goes on.
     ignored = {"unexpected_keys"} if foreign else set()
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind not in ignored}

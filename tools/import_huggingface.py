@@ -29,7 +29,14 @@ from pretrain.consolidated import TOKENIZER_NAME, TRAINING_NAME, ConsolidatedMod
 from pretrain.dense_source import DenseSource
 from pretrain.errors import CheckpointError, run_command
 from pretrain.huggingface_import import open_source, source_logits
-from pretrain.logit_comparison import TOLERANCES, Comparison, compare_logits, comparison_tokens, training_logits
+from pretrain.logit_comparison import (
+    TOLERANCES,
+    Comparison,
+    compare_logits,
+    comparison_tokens,
+    dense_logits,
+    training_logits,
+)
 from pretrain.model_import import check_rank, write_import, write_training_settings
 from pretrain.new_folder import new_folder
 from tools.consolidate_checkpoint import parse_bytes
@@ -49,7 +56,7 @@ def main() -> None:
         model, kept = write_import(
             source, config, arguments.rank, folder, seed=arguments.seed, max_shard_bytes=max_shard_bytes
         )
-        comparison = _verified(arguments.input, model)
+        comparison = _verified(arguments.input, source, model)
         write_training_settings(config, arguments.rank, folder, output)
     print(_summary(arguments.input, source, model, output, kept, comparison))
 
@@ -86,18 +93,20 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _verified(source: Path, model: ConsolidatedModel) -> Comparison:
-    """What was written against what was read; below full rank factors compute something else, which is reported."""
+def _verified(folder: Path, source: DenseSource, model: ConsolidatedModel) -> Comparison:
+    """What was written against what its own library says; below full rank factors compute something else, which is
+    reported, and what they were made of is verified instead."""
     tokens = comparison_tokens(model)
-    comparison = compare_logits(source_logits(source, tokens), training_logits(model, tokens))
-    tolerance = TOLERANCES[torch.float32]
-    if model.config.parametrization != "factored" and not comparison.within(tolerance):
+    theirs, ours = source_logits(folder, tokens), training_logits(model, tokens)
+    read = dense_logits(source, tokens) if model.config.parametrization == "factored" else ours
+    verified, tolerance = compare_logits(theirs, read), TOLERANCES[torch.float32]
+    if not verified.within(tolerance):
         raise CheckpointError(
-            f"the imported model does not compute what {source} computes: logits differ by up to "
-            f"{comparison.difference:.3g} at a scale of {comparison.scale:.3g}, and {tolerance:g} of the scale is "
-            "allowed: nothing was imported"
+            f"the imported model does not compute what {folder} computes: logits differ by up to "
+            f"{verified.difference:.3g} at a scale of {verified.scale:.3g}, and {tolerance:g} of the scale is allowed: "
+            "nothing was imported"
         )
-    return comparison
+    return compare_logits(theirs, ours)
 
 
 def _summary(

@@ -266,6 +266,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[EspalierError], str]] = {
         "model_type is 'bert', and only llama and gpt2",
     ),
     "rope": (lambda f: _edit(f, rope_scaling={"type": "yarn", "factor": 2.0}), CheckpointError, "rope_type is 'yarn'"),
+    "attention": (
+        lambda f: _edit(f, _attn_implementation="of another kind"),
+        CheckpointError,
+        "transformers cannot load .*of another kind",
+    ),
     "pickled": (_pickle, CheckpointError, r"are pickled \(pytorch_model\.bin\)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "holds no model.safetensors"),
     "cut": (
@@ -384,8 +389,9 @@ def test_ranks_that_make_no_sense(
         imported(saved("llama"), parametrization, *flags)
 
 
+@pytest.mark.parametrize("flags", [("dense",), ("factored", "--rank", 4)])
 def test_wrong_import_is_noticed_before_it_gets_its_name(
-    saved: Maker, imported: Callable[..., ConsolidatedModel], monkeypatch, tmp_path: Path
+    saved: Maker, imported: Callable[..., ConsolidatedModel], monkeypatch, tmp_path: Path, flags: tuple[Any, ...]
 ) -> None:
     folder = saved("gpt2")
 
@@ -396,5 +402,5 @@ def test_wrong_import_is_noticed_before_it_gets_its_name(
 
     monkeypatch.setattr(import_huggingface, "open_source", with_other_norms)
     with pytest.raises(CheckpointError, match=r"the imported model does not compute what .* computes"):
-        imported(folder, "dense")
+        imported(folder, *flags)
     assert not list(tmp_path.glob("starts/*"))
