@@ -28,7 +28,7 @@ from model.process_groups import single_process
 from model.spectrum import row_norm
 from pretrain.augmentation import RankMeasurement, layer_measurements, measure_spectra, measure_updates
 from pretrain.errors import ConfigError, run_command
-from pretrain.policies import RankConfig, RankEvent, build_policy, limit_growth
+from pretrain.policies import RankConfig, RankEvent, affordable_parameters, build_policy, decide_ranks
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.probe import GradientProbe
@@ -106,7 +106,6 @@ def null_rank(policy: str, family: Family, width: int, seed: int, text: Tensor, 
     factors = model.factored_layers().items()
     start = {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in factors}
     decider, probe = build_policy(rank, DECISIONS * rank.check_every), GradientProbe(rank.probe, seed)
-    budget = sum(projection.in_features * projection.out_features for projection in factored) * (rank.budget or 1.0)
     decision, largest_demand = 0, 0.0
     while decision < DECISIONS:
         decision += 1
@@ -121,10 +120,9 @@ def null_rank(policy: str, family: Family, width: int, seed: int, text: Tensor, 
             measure_spectra(model), measure_updates(model, start), probe.demand(model) if probe.measuring else {}
         )
         layers = layer_measurements(model, measured)
-        spent = sum(layer.rank * (layer.projection.in_features + layer.projection.out_features) for layer in layers)
-        room = int(budget) - spent
         largest_demand = max(largest_demand, *(float(layer.demand[:1].sum()) for layer in layers))
-        grown = limit_growth(decider.targets(step, layers, room), layers, rank, step, room)
+        affordable = affordable_parameters(rank, factored, model.ranks(), [], step, DECISIONS * rank.check_every)
+        grown = decide_ranks(decider, rank, step, layers, affordable)
         if not grown:
             break
         for name, new_rank in grown.items():

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.config import Family
 from model.process_groups import initialize_process_groups
+from pretrain.augmentation import RankMeasurement, layer_measurements, measure_spectra, measure_updates
+from pretrain.config import RunConfig, parse_config
+from pretrain.initial_values import initial_factors, initial_model
+from pretrain.policies import build_policy, decide_ranks
+from pretrain.policies.excess_explained_ratio import used_rank
 from tests.distributed import run
 from tools.null_rank import null_rank, text_of_the_standard_library
 
@@ -36,6 +42,46 @@ def test_untrained_factors_trigger_no_growth(policy: str, shuffled: bool, family
         assert mean_rank == 8, f"width {width}, seed {seed}"
         if policy == "gradient":
             assert demand > 0.0  # there was something to be tempted by
+
+
+def _updates_of_nothing(config: RunConfig, tensor: int) -> tuple[list[int], dict[str, int]]:
+    """Directions in use and the decision, from what a run keeps of its start, before any step."""
+    initialize_process_groups(tensor)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    model = initial_model(config).to(dtype)
+    updates = measure_updates(model, initial_factors(model, config))
+    layers = layer_measurements(model, RankMeasurement(measure_spectra(model), updates))
+    policy = build_policy(config.rank, config.train.steps)
+    used = [used_rank(layer, config.rank.threshold) for layer in layers]
+    return used, decide_ranks(policy, config.rank, 10, layers, None)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "family", "parametrization", "precision"),
+    [
+        (2, "llama", "factored", "bf16"),
+        (1, "gpt2", "factored", "bf16"),
+        (2, "gpt2", "factored", "fp32"),
+        (2, "gpt2", "additive", "bf16"),
+        (1, "llama", "additive", "fp32"),
+    ],
+)
+def test_a_run_that_has_not_begun_has_learned_nothing(
+    tensor: int, family: str, parametrization: str, precision: str
+) -> None:
+    """The rule's own path: the start is drawn again from seed and name, and rounded as the model's factors are."""
+    config = parse_config(
+        {
+            "data": {"prefix": "corpus", "tokenizer": "tokenizer.model"},
+            "model": {"family": family, "parametrization": parametrization, "layers": 2, "hidden": 64, "heads": 4}
+            | {"sequence_length": 32, "vocabulary": 256},
+            "train": {"steps": 100, "precision": precision},
+            "rank": {"policy": "excess_explained_ratio", "initial": 8, "quantum": 4, "buffer": 4, "check_every": 10},
+        }
+    )
+    for used, decided in run(_updates_of_nothing, tensor, config, tensor):
+        assert used == [0] * len(used)
+        assert decided == {}
 
 
 @pytest.mark.parametrize("policy", ["explained_ratio", "schedule"])
