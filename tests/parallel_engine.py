@@ -99,11 +99,14 @@ class SmallRun:
         mean = float(total) / (case.accumulation * data_size())
         return mean, norm if case.stage == 0 else gradient_norm(self.engine)
 
-    def grow(self, ranks: Mapping[str, int]) -> None:
+    def grow(self, ranks: Mapping[str, int], directions: Mapping[str, Tensor] | None = None) -> None:
+        """`directions`: as `augment` takes them."""
         layers = self.engine.module.factored_layers()
         growing = {name: row_norm(layers[name].A) for name, rank in ranks.items() if rank >= layers[name].rank}
         plan = GrowthPlan(self.step, dict(ranks), growing)
-        self.engine, _ = augment(self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0)
+        self.engine, _ = augment(
+            self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0, directions=directions
+        )
 
     def logical_state(self) -> dict[str, dict[str, Tensor]]:
         """Whole masters and moments by key and name; frozen parameters have a master alone."""

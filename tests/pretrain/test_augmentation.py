@@ -10,7 +10,9 @@ from torch import Tensor
 
 from model.arithmetic import total_parameters, trained_parameters
 from model.config import ModelConfig
-from model.process_groups import initialize_process_groups
+from model.gpt import tensor_layouts
+from model.process_groups import initialize_process_groups, tensor_index, tensor_size
+from model.sharding import TensorLayout
 from pretrain.augmentation import GrowthPlan, _agree_on, _check_logits
 from pretrain.optimizer_state import optimizer_state
 from tests.distributed import run
@@ -128,6 +130,39 @@ def test_growth_keeps_every_old_entry(processes: int, case: Case, kind: dict[str
                 assert not new[:, 4:].any()
             else:
                 assert torch.equal(new, old)
+
+
+def _grown_along(config: ModelConfig, case: Case, rows: Tensor) -> tuple[States, States]:
+    small = SmallRun(config, uniform_ranks(config, 4), case)
+    small.train(STEPS_BEFORE)
+    before, model = small.logical_state(), small.engine.module
+    directions = {}
+    for name in model.ranks():
+        factor = tensor_layouts(model)[f"{name}.A"]
+        whole = rows[:, : factor.full_shape[1]]
+        shard = TensorLayout(tuple(whole.shape), factor.dim).shard(whole, tensor_index(), tensor_size())
+        directions[name] = shard
+    small.grow(uniform_ranks(config, 8), directions)
+    return before, small.logical_state()
+
+
+@pytest.mark.parametrize(
+    ("processes", "case", "kind"),
+    [(1, Case(stage=0), FACTORED), (2, Case(stage=1, tensor=2), FACTORED), (2, Case(stage=2, tensor=2), ADDITIVE)],
+)
+def test_directed_rows_come_first_and_the_others_keep_off_them(
+    processes: int, case: Case, kind: dict[str, str]
+) -> None:
+    config = small_config("llama", **kind)
+    rows = torch.zeros(2, 512)
+    rows[0, :4], rows[1, 4:8] = 0.5, torch.tensor([0.5, -0.5, 0.5, -0.5])
+    before, after = run(_grown_along, processes, config, case, rows)[0]
+    for name, old in before["master"].items():
+        if name.endswith(".A"):
+            length = old.norm(dim=1).square().mean().sqrt()
+            added = after["master"][name][4:]
+            assert torch.allclose(added[:2], length * rows[:, : old.shape[1]], rtol=1e-4, atol=1e-6)
+            assert torch.allclose(added @ added.T, length.square() * torch.eye(4), atol=1e-4 * float(length.square()))
 
 
 @pytest.mark.parametrize(
