@@ -10,8 +10,8 @@ the layer's rank becomes k + b. That is the published code, except that directio
 B.
 
 **The criterion measures its own initialisation.** On factors that were never trained, initialised and buffered as in
-the published code, it goes on growing until it stops at rank 255 for GPT-2 small's MLP and 286 for GPT-2 medium's:
-the ranks reported as intrinsic to the trained networks (254 and 287). `untrained_ranks` gives the number for a run of
+the published code, it goes on growing until it stops near the ranks reported as intrinsic to the trained networks (254
+for GPT-2 small's MLP, 287 for GPT-2 medium's; `tools/null_rank.py`). `untrained_ranks` gives the number for a run of
 ours; show it beside any rank that this policy finds.
 """
 

@@ -55,7 +55,10 @@ class RankConfig(BaseModel):
         0.9, gt=0.0, lt=1.0, description="explained ratio that suffices, for all policies that look at spectra"
     )
     budget: float | None = Field(
-        None, gt=0.0, le=1.0, description="most that factored layers may cost, as a share of their dense weights"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="most that factors may cost, as a share of the dense weights (additive: besides these)",
     )
     budget_unit: Literal["parameters", "flops"] = Field(
         "parameters", description="what the budget counts: parameters at any time, or FLOPs of the whole run"

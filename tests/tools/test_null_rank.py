@@ -16,7 +16,7 @@ from pretrain.initial_values import initial_factors, initial_model
 from pretrain.policies import build_policy, decide_ranks
 from pretrain.policies.excess_explained_ratio import used_rank
 from tests.distributed import run
-from tools.null_rank import null_rank, text_of_the_standard_library
+from tools.null_rank import null_rank, published_null, text_of_the_standard_library
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +87,12 @@ def test_a_run_that_has_not_begun_has_learned_nothing(
 @pytest.mark.parametrize("policy", ["explained_ratio", "schedule"])
 def test_the_controls_grow_on_nothing_and_say_so(policy: str) -> None:
     assert all(mean_rank > 8 for _, _, mean_rank, _ in run(_null_ranks, 1, policy, "llama", False)[0])
+
+
+def test_null_of_the_published_criterion_is_the_published_rank() -> None:
+    """Untrained factors of GPT-2 small's MLP, set up and checked as in the code of InRank-Efficient: its README reports
+    254 for the trained network."""
+    assert abs(published_null(768, seed=0) - 254) <= 3
 
 
 @pytest.mark.slow
