@@ -11,6 +11,7 @@ they are only semi-definite: fresh columns of B are zero.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +54,16 @@ def singular_values(product: Grams) -> Tensor:
     """All `(rank,)` singular values of B·A, largest first, in fp64."""
     root = symmetric_root(product.of_A)
     return torch.linalg.eigvalsh(root @ product.of_B @ root).clamp_min(0.0).sqrt().flip(0)
+
+
+def energy_rank(values: np.ndarray, share: float) -> int:
+    """Fewest directions that hold `share` of the energy Σs², of singular values sorted downwards; 0 where there is
+    none."""
+    energy = np.cumsum(np.square(values, dtype=np.float64))
+    if not len(energy) or energy[-1] == 0.0:
+        return 0
+    # Summation order may cost the last bits.
+    return int(np.searchsorted(energy, share * energy[-1] * (1.0 - 1e-12))) + 1
 
 
 def row_norm(A: Tensor) -> float:

@@ -196,6 +196,27 @@ def write_model(
     write_blocks(folder / FACTS_NAME, [json.dumps(facts.model_dump(), indent=2, allow_nan=False).encode()])
 
 
+def weight_files(folder: Path, pattern: re.Pattern[str]) -> dict[str, set[str] | None]:
+    """The weight files of a folder and, where there is an index, the tensors each must hold; names that the index gives
+    must be of `pattern`."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return {WEIGHTS_NAME: None}
+    try:
+        # A model cache of Hugging Face keeps links.
+        index = Index.model_validate(decode_json(read_limited(path.resolve(), FACTS_LIMIT_BYTES)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is wrong at {first_validation_error(error)}") from error
+    files: dict[str, set[str] | None] = {}
+    for file in dict.fromkeys(index.weight_map.values()):
+        if not pattern.fullmatch(file):
+            raise CheckpointError(f"{path} names the file {file!r}, which is not the name of a weight file")
+        files[file] = {name for name, place in index.weight_map.items() if place == file}
+    return files
+
+
 class ConsolidatedModel:
     """A consolidated folder, open for reading; one that contradicts itself is refused with a `CheckpointError`."""
 
@@ -221,7 +242,7 @@ class ConsolidatedModel:
         plain_file_bytes(self.tokenizer_path)
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file, names in self._files().items():
+        for file, names in weight_files(self.folder, SHARD_PATTERN).items():
             handle, shapes = open_tensors(self.folder / file)
             if names is not None and names != shapes.keys():
                 raise CheckpointError(f"{self.folder / file} does not hold the tensors that {INDEX_NAME} names")
@@ -231,24 +252,6 @@ class ConsolidatedModel:
             check_model(self.config, self.ranks, self.shapes)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder} contradicts itself: {error}") from error
-
-    def _files(self) -> dict[str, set[str] | None]:
-        """The weight files and, where there is an index, the tensors each must hold."""
-        path = self.folder / INDEX_NAME
-        if not path.exists():
-            return {WEIGHTS_NAME: None}
-        try:
-            index = Index.model_validate(decode_json(read_limited(path, FACTS_LIMIT_BYTES)))
-        except CheckpointError as error:
-            raise CheckpointError(f"{path} cannot be used: {error}") from error
-        except ValidationError as error:
-            raise CheckpointError(f"{path} is wrong at {first_validation_error(error)}") from error
-        files: dict[str, set[str] | None] = {}
-        for file in dict.fromkeys(index.weight_map.values()):
-            if not SHARD_PATTERN.fullmatch(file):
-                raise CheckpointError(f"{path} names the file {file!r}, which is not the name of a weight file")
-            files[file] = {name for name, place in index.weight_map.items() if place == file}
-        return files
 
     def check_causal(self) -> None:
         """CheckpointError if this is a masked model, which nothing that generates or exports can use."""

@@ -6,21 +6,26 @@ read. Then one weight at a time is read, in fp32 whatever the stored type.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.huggingface import OUTPUT_LAYER, WORD_EMBEDDINGS, correspondences, huggingface_shapes, tensor_from_theirs
 from model.huggingface_config import dense_config
-from pretrain.checkpoint_format import TOKENIZER_NAME, decode_json, first_validation_error
+from pretrain.checkpoint_format import TOKENIZER_NAME, decode_json
 from pretrain.checkpoint_reader import read_limited
-from pretrain.consolidated import FACTS_LIMIT_BYTES, FACTS_NAME, INDEX_NAME, WEIGHTS_NAME, ConsolidatedModel, Index
+from pretrain.consolidated import (
+    FACTS_LIMIT_BYTES,
+    FACTS_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    ConsolidatedModel,
+    weight_files,
+)
 from pretrain.dense_source import DenseSource, dense_source
 from pretrain.errors import CheckpointError
 from pretrain.logit_comparison import load_transformers, training_logits, transformers_logits
@@ -61,7 +66,11 @@ def _consolidated_source(folder: Path, sequence_length: int | None, tokenizer: P
 
 
 def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Path | None) -> DenseSource:
-    settings = _explained(folder / SETTINGS_NAME, lambda path: decode_json(read_limited(path, FACTS_LIMIT_BYTES)))
+    path = folder / SETTINGS_NAME
+    try:
+        settings = decode_json(read_limited(path.resolve(), FACTS_LIMIT_BYTES))  # as a link in a cache
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
     try:
         config = dense_config(settings)
     except ValueError as error:
@@ -119,16 +128,6 @@ def _fitting_tokenizer(folder: Path, config: ModelConfig, path: Path | None) -> 
     return tokenizer
 
 
-def _explained(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of a JSON file, its errors told with the file's name."""
-    try:
-        return read(path.resolve())  # a model cache of Hugging Face keeps links
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
-    except ValidationError as error:
-        raise CheckpointError(f"{path} is wrong at {first_validation_error(error)}") from error
-
-
 class _Weights:
     """The safetensors files of a Hugging Face folder; only their headers are read at first."""
 
@@ -137,7 +136,8 @@ class _Weights:
         self._handles: dict[str, Any] = {}
         self._stored: dict[str, str] = {}
         """The name in the files by the name in the table."""
-        for file, names in self._files().items():
+        self._refuse_pickled()
+        for file, names in weight_files(folder, _WEIGHT_FILE).items():
             handle = _open(folder / file)
             for name in handle.keys():  # noqa: SIM118 (it is no dictionary)
                 if name in self._handles:
@@ -146,24 +146,11 @@ class _Weights:
             if names is not None and names != set(handle.keys()):
                 raise CheckpointError(f"{folder / file} does not hold the tensors that {INDEX_NAME} names")
 
-    def _files(self) -> dict[str, set[str] | None]:
-        """The weight files and, where there is an index, the tensors each must hold."""
+    def _refuse_pickled(self) -> None:
+        """CheckpointError if there are no safetensors weights at all."""
         folder = self._folder
-        index_path = folder / INDEX_NAME
-        if index_path.is_file():
-            index: Index = _explained(
-                index_path, lambda path: Index.model_validate(decode_json(read_limited(path, FACTS_LIMIT_BYTES)))
-            )
-            files: dict[str, set[str] | None] = {}
-            for file in dict.fromkeys(index.weight_map.values()):
-                if not _WEIGHT_FILE.fullmatch(file):
-                    raise CheckpointError(
-                        f"{index_path} names the file {file!r}, which is not the name of a weight file"
-                    )
-                files[file] = {name for name, place in index.weight_map.items() if place == file}
-            return files
-        if (folder / WEIGHTS_NAME).is_file():
-            return {WEIGHTS_NAME: None}
+        if (folder / INDEX_NAME).is_file() or (folder / WEIGHTS_NAME).is_file():
+            return
         pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
         if pickled:
             raise CheckpointError(

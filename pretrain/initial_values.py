@@ -4,6 +4,7 @@ Nothing of them is saved in a checkpoint. They are the reference of every cumula
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,29 @@ class InitialValues:
         start_from = config.checkpoint.start_from
         self._folder = None if start_from is None else ConsolidatedModel(Path(start_from))
 
-    @property
-    def ranks(self) -> Mapping[str, int] | None:
-        """Ranks at the start where a folder decides about them; None: `rank.initial`."""
-        return None if self._folder is None else self._folder.ranks
+        self.ranks = config.initial_ranks() if self._folder is None else self._folder.ranks
+        """At the start, by `Projection.name`."""
 
     def shard(self, name: str, layout: TensorLayout) -> Tensor:
-        """This process's part of parameter `name`, fp32, on the CPU; `layout` has the full shape at the start."""
+        """This process's part of parameter `name`, fp32, on the CPU; `layout` may be that of a factor that has grown
+        since."""
+        owner, _, leaf = name.rpartition(".")
+        shape = list(layout.full_shape)
+        if leaf in ("A", "B"):
+            shape[0 if leaf == "A" else 1] = self.ranks[owner]
+        start = replace(layout, full_shape=tuple(shape))
         if self._folder is not None:
             full = self._folder.read(name)
         else:
-            full = initial_tensor(self._model, name, layout.full_shape, self._seed)
-        return layout.shard(full, tensor_index(), tensor_size())
+            full = initial_tensor(self._model, name, start.full_shape, self._seed)
+        return start.shard(full, tensor_index(), tensor_size())
 
 
 @torch.no_grad()
 def initial_model(config: RunConfig) -> EspalierModel:
     """This process's shard of the model at step 0."""
     values = InitialValues(config)
-    model = build_model(config.model, values.ranks or config.initial_ranks(), seed=config.run.seed)
+    model = build_model(config.model, values.ranks, seed=config.run.seed)
     if config.checkpoint.start_from is not None:
         layouts = tensor_layouts(model)
         for name, parameter in model.named_parameters():
@@ -125,17 +130,13 @@ def initial_factors(model: EspalierModel, config: RunConfig) -> dict[str, tuple[
     layers, whose product starts at zero unless a folder says otherwise.
     """
     values = InitialValues(config)
-    ranks = values.ranks or config.initial_ranks()
     layouts = tensor_layouts(model)
     factors = {}
     for name, layer in model.factored_layers().items():
-        shards = []
-        for side, rank_dim, parameter in (("A", 0, layer.A), ("B", 1, layer.B)):
-            layout = layouts[f"{name}.{side}"]
-            shape = list(layout.full_shape)
-            shape[rank_dim] = ranks[name]
-            start = TensorLayout(tuple(shape), layout.dim, layout.stride)
-            shards.append(values.shard(f"{name}.{side}", start).to(parameter.dtype))
-        if bool(torch.stack([shard.any() for shard in shards]).all()):
-            factors[name] = (shards[0], shards[1])
+        A, B = (
+            values.shard(f"{name}.{side}", layouts[f"{name}.{side}"]).to(parameter.dtype)
+            for side, parameter in (("A", layer.A), ("B", layer.B))
+        )
+        if A.any() and B.any():
+            factors[name] = (A, B)
     return factors

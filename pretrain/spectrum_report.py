@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from model.spectrum import energy_rank
+
 QUANTITIES = ("update", "gradient", "representation")
 _MEANS = ("stable_rank", "effective_rank")
 _DIGITS = 4
@@ -49,16 +51,6 @@ def spectrum_scalars(singular_values: np.ndarray) -> dict[str, float]:
         "stable_rank": float((singular_values**2).sum()) / largest**2,
         "effective_rank": math.exp(float(-(share * np.log(share)).sum())),
     }
-
-
-def energy_rank(singular_values: np.ndarray, share: float) -> int:
-    """Fewest directions that hold `share` of the energy Σs², from values sorted downwards; 0 where there is none."""
-    energy = np.cumsum(np.square(singular_values, dtype=np.float64))
-    if energy[-1] == 0.0:
-        return 0
-    return (
-        int(np.searchsorted(energy, share * energy[-1] * (1.0 - 1e-12))) + 1
-    )  # summation order may cost the last bits
 
 
 def tracking_record(measurement: Measurement, labels: Mapping[str, str]) -> dict[str, Any]:

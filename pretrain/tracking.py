@@ -19,7 +19,6 @@ same numbers, to the bit, as one without.
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -34,7 +33,6 @@ from model.config import projections
 from model.factor_algebra import is_sharded
 from model.gpt import EspalierModel, tensor_layouts
 from model.process_groups import data_group, data_size, device
-from model.sharding import TensorLayout
 from model.spectrum import gram_singular_values, matrix_singular_values, singular_values, update_grams
 from pretrain.checkpoint_format import Fragment
 from pretrain.config import RunConfig
@@ -51,7 +49,6 @@ class Tracker:
         learning = [layer for layer in projections(config.model) if layer.factored or config.model.trained == "all"]
         self._projections, self._hidden = learning, config.model.hidden
         self._start = InitialValues(config)
-        self._initial_ranks = self._start.ranks or config.initial_ranks()
         self._gradients: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -100,7 +97,7 @@ class Tracker:
             parameter = parameters[name]
             now = gather(masters.pop(name, []), parameter.shape, parameter.device)["master"]
             now.tensor_model_parallel = is_sharded(parameter)  # type: ignore[attr-defined]  # `update_grams` asks
-            return now, self._initial_shard(name, layouts[name]).to(parameter.dtype).to(now)
+            return now, self._start.shard(name, layouts[name]).to(parameter.dtype).to(now)
 
         spectra = {}
         for projection in self._projections:
@@ -112,14 +109,6 @@ class Tracker:
                 now, then = now_and_then(f"{name}.weight")
                 spectra[name] = matrix_singular_values(now - then, layouts[f"{name}.weight"])
         return spectra
-
-    def _initial_shard(self, name: str, layout: TensorLayout) -> Tensor:
-        """This process's part of a parameter at step 0, whatever rank it has now."""
-        owner, _, leaf = name.rpartition(".")
-        shape = list(layout.full_shape)
-        if leaf in ("A", "B"):
-            shape[0 if leaf == "A" else 1] = self._initial_ranks[owner]
-        return self._start.shard(name, replace(layout, full_shape=tuple(shape)))
 
     def _representation_spectra(self, engine: DeepSpeedEngine, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spectra: dict[str, Tensor] = {}

@@ -23,8 +23,8 @@ from model.config import ModelConfig, projections
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.initialization import generator_for
 from model.process_groups import device, single_process
-from model.spectrum import matrix_singular_values
-from pretrain.spectrum_report import energy_rank, spectrum_scalars
+from model.spectrum import energy_rank, matrix_singular_values
+from pretrain.spectrum_report import spectrum_scalars
 from pretrain.tokenizer import Tokenizer
 from tools.documents import find_files, read_documents
 from tools.linear_network import passing_steps

@@ -16,8 +16,7 @@ fill the ranks they have.
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from model.spectrum import energy_rank
 from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, check_due
 
 ROUNDING = 0.005
@@ -28,11 +27,7 @@ def used_rank(layer: LayerMeasurement, threshold: float) -> int:
     """Directions that hold `threshold` of the energy of the cumulative update; 0 before anything was learned."""
     product = layer.singular_values
     floor = ROUNDING * float(product[0]) if len(product) else 0.0
-    values = layer.update_values[layer.update_values > floor]
-    if not len(values):
-        return 0
-    energy = np.cumsum(values**2)
-    return int(np.argmax(energy >= threshold * energy[-1])) + 1
+    return energy_rank(layer.update_values[layer.update_values > floor], threshold)
 
 
 class ExcessExplainedRatioPolicy:

@@ -14,9 +14,10 @@ from torch import Tensor
 from model.collectives import all_gathered
 from model.config import ModelConfig, projections
 from model.process_groups import data_group, data_index, data_size
+from model.spectrum import energy_rank
 from pretrain.config import RunConfig, parse_config
 from pretrain.errors import ConfigError
-from pretrain.spectrum_report import Measurement, energy_rank
+from pretrain.spectrum_report import Measurement
 from pretrain.tracking import Tracker
 from tests.distributed import run
 from tests.parallel_engine import Case, SmallRun, uniform_ranks
