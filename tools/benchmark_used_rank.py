@@ -148,6 +148,7 @@ def train(config: RunConfig, *, threads: int) -> None:
         raise ConfigError(f"{folder} holds a run with other settings: name another --output")
     if (folder / "summary.json").is_file():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     file, log = (folder.with_name(f"{folder.name}.{ending}") for ending in ("yaml", "log"))
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}

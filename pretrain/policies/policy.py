@@ -46,7 +46,7 @@ class RankConfig(BaseModel):
     )
     initial: int = Field(64, ge=1, description="rank of every factored layer at the start")
     quantum: int = Field(16, ge=1, description="grown ranks are multiples of it")
-    check_every: int = Field(100, ge=1, description="steps between two decisions of a measuring policy")
+    check_every: int = Field(200, ge=1, description="steps between two decisions of a measuring policy")
     start_step: int = Field(0, ge=0, description="no growth before it")
     stop_step: int | None = Field(None, ge=0, description="no growth after it; none: until the end")
     events: tuple[RankEvent, ...] = Field((), description="steps and ranks, for policy schedule")
