@@ -85,12 +85,11 @@ def measure_spectra(model: EspalierModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def measure_updates(model: EspalierModel, initial: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Singular values of every layer's cumulative update B·A - B₀·A₀, largest first; `initial` holds this process's A₀
-    and B₀ of the layers that did not start at a zero product. A collective over the tensor-parallel group."""
-    values = {}
-    for name, layer in model.factored_layers().items():
-        both = update_grams(layer.A, layer.B, *initial[name]) if name in initial else grams(layer.A, layer.B)
-        values[name] = singular_values(both).cpu()
-    return values
+    and B₀. A collective over the tensor-parallel group."""
+    return {
+        name: singular_values(update_grams(layer.A, layer.B, *initial[name])).cpu()
+        for name, layer in model.factored_layers().items()
+    }
 
 
 def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[LayerMeasurement]:

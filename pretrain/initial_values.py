@@ -126,8 +126,7 @@ def check_same_start(saved: Mapping[str, Any], config: RunConfig) -> None:
 def initial_factors(model: EspalierModel, config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """This process's A₀ and B₀ of every factored layer, by `Projection.name`, in host memory.
 
-    They are rounded as the model's own factors are, so that an untrained layer's update is zero. Empty for additive
-    layers, whose product starts at zero unless a folder says otherwise.
+    They are rounded as the model's own factors are, so that an untrained layer's update is zero.
     """
     values = InitialValues(config)
     layouts = tensor_layouts(model)
@@ -137,6 +136,5 @@ def initial_factors(model: EspalierModel, config: RunConfig) -> dict[str, tuple[
             values.shard(f"{name}.{side}", layouts[f"{name}.{side}"]).to(parameter.dtype)
             for side, parameter in (("A", layer.A), ("B", layer.B))
         )
-        if A.any() and B.any():
-            factors[name] = (A, B)
+        factors[name] = (A, B)
     return factors

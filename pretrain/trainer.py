@@ -296,8 +296,7 @@ class Trainer:
         if "product" in self.policy.needs:
             flops += gram_flops(config, ranks)
         if "update" in self.policy.needs:
-            initial = {name: len(A) for name, (A, _) in self._initial.items()}
-            flops += gram_flops(config, {name: rank + initial.get(name, 0) for name, rank in ranks.items()})
+            flops += gram_flops(config, {name: rank + len(self._initial[name][0]) for name, rank in ranks.items()})
         if self.probe is not None and self.probe.measuring:
             batches = [self._global_batch(self.state.step - left) for left in range(1, PROBED_STEPS + 1)]
             tokens = sum(batches) * config.sequence_length

@@ -1,6 +1,6 @@
 """The explained-ratio rule on what was learned: the spectrum of the cumulative update, not of the product.
 
-With s the singular values of D = B·A - B₀·A₀ (of B·A itself where the factors start at a zero product), the update uses
+With s the singular values of D = B·A - B₀·A₀, the update uses
 
     used = min { k : Σ_{i≤k} s_i² ≥ threshold · Σ_i s_i² }
 
