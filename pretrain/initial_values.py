@@ -91,15 +91,20 @@ def check_start(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"rank.initial is {config.rank.initial}, and the layers of checkpoint.start_from {folder.folder} have rank "
             f"{min(ranks)}: set rank.initial={min(ranks)}"
         )
-    try:
-        check_start_ranks(config.rank, factored_projections(config.model), folder.ranks)
-    except ValueError as error:
-        raise ConfigError(f"checkpoint.start_from {folder.folder}: {error}") from error
+    check_ranks(config, folder.ranks, f"checkpoint.start_from {folder.folder}")
     if folder.facts["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
         raise ConfigError(
             f"data.tokenizer {config.data.tokenizer} is not the tokenizer of checkpoint.start_from {folder.folder}: "
             f"set data.tokenizer={folder.tokenizer_path}, and prepare the corpus with it"
         )
+
+
+def check_ranks(config: RunConfig, ranks: Mapping[str, int], origin: str) -> None:
+    """ConfigError if the policy of `config` cannot go on from the `ranks` that `origin` has."""
+    try:
+        check_start_ranks(config.rank, factored_projections(config.model), ranks)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def check_same_start(saved: Mapping[str, Any], config: RunConfig) -> None:

@@ -22,7 +22,7 @@ from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
 from pretrain.corpus import Corpus, open_corpus
 from pretrain.errors import CheckpointError, EspalierError, run_command
-from pretrain.initial_values import check_same_start, check_start
+from pretrain.initial_values import check_ranks, check_same_start, check_start
 from pretrain.monitor import Monitor
 from pretrain.objective import corpus_for, mask_token
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
@@ -97,8 +97,7 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
         return None
-    if reader is None:
-        together(lambda: check_start(config, tokenizer))
+    together(lambda: _check_origin(reader, config, tokenizer))
     corpus = open_corpus(
         config.data,
         config.model,
@@ -108,8 +107,6 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         cache=cache,
     )
     together(lambda: _check_same_samples(reader, config, corpus))
-    if reader is not None:
-        check_same_start(reader.state["config"], config)
     corpus = corpus_for(config.train, corpus, config.run.seed)
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
     run = Trainer(config, layout, corpus, reader)
@@ -165,6 +162,15 @@ def _verified(folder: Path) -> CheckpointReader:
     reader = CheckpointReader(folder)
     reader.verify(dist.get_rank(), dist.get_world_size())
     return reader
+
+
+def _check_origin(reader: CheckpointReader | None, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """What a new run starts from, or what a continued one has come to, must suit its settings."""
+    if reader is None:
+        check_start(config, tokenizer)
+    else:
+        check_ranks(config, reader.state["ranks"], str(reader.folder))
+        check_same_start(reader.state["config"], config)
 
 
 def _progress(reader: CheckpointReader | None) -> tuple[int, int]:

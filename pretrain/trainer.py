@@ -5,8 +5,10 @@ masters and moments. The loop that makes the moves is in `pretrain/train.py`.
 """
 
 import math
+import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -93,7 +95,7 @@ class Decision:
     growth: GrowthRecord | None
     """None: ranks stay."""
     seconds: float
-    """Of measuring and deciding, without the growth."""
+    """Of measuring and deciding, and what probed steps took more than the steps between; without the growth."""
     flops: float
     """Of Gram matrices, and of the probes in the steps before."""
 
@@ -106,9 +108,11 @@ class Trainer:
         self.state = TrainState()
         self.policy = build_policy(config.rank, config.train.steps)
         self.probe = GradientProbe(config.rank.probe, config.run.seed) if "demand" in self.policy.needs else None
+        self._plain_seconds: list[float] = []
+        self._probed_seconds: list[float] = []
         self.tracker = together(lambda: Tracker(config)) if config.rank.track else None
         if reader is None:
-            self.engine = self._new_engine(initial_model(config))
+            self.engine = self._new_engine(together(lambda: initial_model(config)))
         else:
             self.engine = self._new_engine(build_model(config.model, reader.state["ranks"], seed=config.run.seed))
             self._restore(reader)
@@ -160,16 +164,20 @@ class Trainer:
             self._refuse_non_finite_weights()
             self.probe.collect(self.model, loss_scale or 1.0)
         self._count(sequences)
+        norm = norm if self.config.deepspeed.stage == 0 else gradient_norm(self.engine)
+        seconds = time.perf_counter() - start
+        if self.probe is not None:
+            (self._plain_seconds if probed is None else self._probed_seconds).append(seconds)
         return StepMetrics(
             lm_loss=float(total) / (accumulation * self.layout.data),
-            grad_norm=norm if self.config.deepspeed.stage == 0 else gradient_norm(self.engine),
+            grad_norm=norm,
             learning_rate=rate,
             global_batch=sequences,
             loss_scale=self._loss_scale(),
             skipped_steps=state.skipped_steps,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
-            step_seconds=time.perf_counter() - start,
+            step_seconds=seconds,
         )
 
     def _mean_loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -267,7 +275,7 @@ class Trainer:
         flops = self._measurement_flops()
         measured = self._measure()
         plan = plan_growth(self.model, self.policy, self.config.rank, step, measured, self._affordable_parameters())
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + self._extra_seconds()
         if plan is None:
             return Decision(None, seconds, flops)
         directed = measured.demand if self.config.rank.directed else {}
@@ -302,6 +310,12 @@ class Trainer:
             tokens = sum(batches) * config.sequence_length
             flops += tokens * probe_flops_per_token(config, ranks, self.config.rank.probe)
         return float(flops)
+
+    def _extra_seconds(self) -> float:
+        """What probed steps took more since the last decision than the plain ones between; 0 without either."""
+        plain, probed = self._plain_seconds, self._probed_seconds
+        self._plain_seconds, self._probed_seconds = [], []
+        return sum(probed) - len(probed) * statistics.median(plain) if plain else 0.0
 
     def _global_batch(self, step: int) -> int:
         return global_batch_at(step, self.config.train.global_batch, self.config.train.batch_ramp)
@@ -340,11 +354,10 @@ class Trainer:
         self._refuse_non_finite_weights()
         adapter = optimizer_state(self.engine)
         probed = {} if self.probe is None else self.probe.tensors(self.model)
-        with tempfile.TemporaryDirectory() as scratch:
-            extra_files = {"tokenizer.model": Path(self.config.data.tokenizer)}
+        extra_files = {"tokenizer.model": Path(self.config.data.tokenizer)}
+        with ExitStack() as stack:
             if probed:
-                extra_files[PROBE_NAME] = Path(scratch) / PROBE_NAME
-                together(lambda: _write_probe(probed, extra_files[PROBE_NAME]))
+                extra_files[PROBE_NAME] = together(lambda: _written_probe(probed, stack))
             return write_checkpoint(
                 root,
                 self.state.step,
@@ -390,14 +403,18 @@ class Trainer:
             self.probe.load(self.model, load_file(reader.extra_file(PROBE_NAME)))
 
 
-def _write_probe(tensors: dict[str, Tensor], path: Path) -> None:
-    """On process 0, from which a checkpoint takes its extra files."""
+def _written_probe(tensors: dict[str, Tensor], stack: ExitStack) -> Path:
+    """A file with `tensors` that lasts as long as `stack`, on process 0, from which checkpoints take extra files."""
     if not is_first_process():
-        return
+        return Path(PROBE_NAME)
     try:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / PROBE_NAME
         save_file(tensors, path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written ({error}): free space there, or set TMPDIR") from error
+        raise CheckpointError(
+            f"{PROBE_NAME} could not be written ({error}): free space in the temporary folder, or set TMPDIR"
+        ) from error
+    return path
 
 
 def validation_samples(config: RunConfig, layout: Layout) -> int:

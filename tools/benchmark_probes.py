@@ -2,11 +2,11 @@
 
     python tools/benchmark_probes.py --config FILE --output FOLDER [--json FILE] [section.key=value ...]
 
-Trains the model of a config for a short while with decisions every few steps and no room to grow, on one process, and
-compares medians of the same run:
+Trains the model of a config for a short while with decisions every few steps and no room to grow, on one process.
+What a decision costs is what the run itself writes into its events: what probed steps take more than the plain ones
+between, and measuring and deciding. With medians over the decisions and plain steps of the same run,
 
-    cost of a decision = Σ over its probed steps (their seconds - those of a plain step) + seconds of measuring and
-    deciding,         share of training time = cost / (rank.check_every · seconds of a plain step)
+    share of training time = seconds of a decision / (rank.check_every · seconds of a plain step)
 """
 
 import argparse
@@ -55,9 +55,9 @@ def main() -> None:
     if arguments.json is not None:
         replace_text(arguments.json, json_text(facts, indent=2) + "\n")
     print(
-        f"plain step {found['plain_step_seconds']:.4f} s (± {found['plain_step_spread_seconds']:.4f}), probed step "
-        f"{found['probed_step_seconds']:.4f} s, decision {found['decision_seconds']:.4f} s (medians of "
-        f"{found['decisions']} decisions)\nwith rank.check_every {interval}: "
+        f"plain step {found['plain_step_seconds']:.4f} s (± {found['plain_step_spread_seconds']:.4f}), decision "
+        f"{found['decision_seconds']:.4f} s (± {found['decision_spread_seconds']:.4f}; medians, {found['decisions']} "
+        f"decisions)\nwith rank.check_every {interval}: "
         f"{100.0 * found['share_of_training_time']:.2f} % of training time"
     )
 
@@ -90,23 +90,21 @@ def costs(folder: Path, interval: int) -> dict[str, Any]:
     first = CHECK_EVERY * WARM_UP_DECISIONS
     seconds = {line["step"]: line["step_seconds"] for line in JsonLines(folder / "metrics.jsonl").read()}
     # A decision after step n was measured in the steps that lead to n.
-    probed = [seconds[step] for step in seconds if step > first and -step % CHECK_EVERY < PROBED_STEPS]
     plain = [seconds[step] for step in seconds if step > first and -step % CHECK_EVERY >= PROBED_STEPS]
     decisions = [
         event["seconds"]
         for event in JsonLines(folder / "events.jsonl").read()
         if event["event"] == "decision" and event["step"] > first
     ]
-    plain_step, probed_step, decision = map(statistics.median, (plain, probed, decisions))
-    extra = PROBED_STEPS * (probed_step - plain_step) + decision
+    plain_step, decision = statistics.median(plain), statistics.median(decisions)
     return {
         "plain_step_seconds": plain_step,
         "plain_step_spread_seconds": statistics.stdev(plain),
-        "probed_step_seconds": probed_step,
         "decision_seconds": decision,
+        "decision_spread_seconds": statistics.stdev(decisions),
         "decisions": len(decisions),
         "check_every": interval,
-        "share_of_training_time": extra / (interval * plain_step),
+        "share_of_training_time": decision / (interval * plain_step),
     }
 
 
@@ -119,9 +117,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the run (1)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the file")
     arguments = parser.parse_intermixed_args()
-    for flag in ("decisions", "threads"):
-        if getattr(arguments, flag) < 1:
-            raise ConfigError(f"--{flag} is {getattr(arguments, flag)}: set it to 1 or more")
+    for flag, least in (("decisions", 2), ("threads", 1)):
+        if getattr(arguments, flag) < least:
+            raise ConfigError(f"--{flag} is {getattr(arguments, flag)}: set it to {least} or more")
     return arguments
 
 

@@ -192,6 +192,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if odd := [width for width in arguments.widths if width < 64 or width % 8]:
         raise ConfigError(f"--widths holds {odd[0]}, and a width is a multiple of 8 and at least 64: change it")
+    if min(arguments.seeds) < 0:
+        raise ConfigError(f"--seeds holds {min(arguments.seeds)}: give seeds from 0 on")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {arguments.json} lies in no folder: make it, or name another")
     with single_process():
         rows = all_null_ranks(arguments.widths, arguments.seeds)
     published = {width: [published_null(width, seed) for seed in arguments.seeds] for width in PUBLISHED}

@@ -5,8 +5,9 @@ that should be idle. The seconds of a run are then
 
     Σ over its steps  t(parameters of its blocks at that step)  +  Σ over its events  their own seconds
 
-where t is linear between the ranks that were timed and dense models have a time of their own. Events (growth, probes,
-measurements) carry the seconds they took in the run itself.
+where t is linear between the ranks that were timed and dense models have a time of their own. Events (growth; decisions
+with what their probed steps took more than the steps between) carry the seconds they took in the run itself, on
+whatever else the machine did.
 """
 
 import statistics

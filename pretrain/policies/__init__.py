@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from model.config import Projection
 from pretrain.policies.budget import affordable_parameters, check_budget
 from pretrain.policies.excess_explained_ratio import ExcessExplainedRatioPolicy
-from pretrain.policies.explained_ratio import ExplainedRatioPolicy, check_buffer
+from pretrain.policies.explained_ratio import ExplainedRatioPolicy
 from pretrain.policies.fixed import FixedPolicy
 from pretrain.policies.gradient import GradientPolicy, check_probe
 from pretrain.policies.policy import (
@@ -73,24 +73,33 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
         )
     if rank.policy == "schedule":
         check_events(rank, factored, steps)
-    if rank.policy == "explained_ratio":
-        check_buffer(rank)
-    if rank.truncate and rank.policy in ("fixed", "schedule"):
+    if rank.truncate and rank.policy not in ("excess_explained_ratio", "gradient"):
         raise ValueError(
-            f"rank.truncate {rank.truncate:g} is for policies that measure, and rank.policy is {rank.policy}: "
-            "leave rank.truncate out or change the policy"
+            f"rank.truncate {rank.truncate:g} is for policies that look at what was learned, and rank.policy is "
+            f"{rank.policy}: leave rank.truncate out or change the policy"
         )
     check_start_ranks(rank, factored, {projection.name: rank.initial for projection in factored})
 
 
 def check_start_ranks(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
-    """ValueError if the policy cannot begin at these `ranks`."""
+    """ValueError if the policy cannot begin, or go on, at these `ranks`."""
     for projection in factored:
-        if ranks[projection.name] > projection.break_even_rank:
+        present = ranks[projection.name]
+        if present > projection.break_even_rank:
             raise ValueError(
-                f"rank.initial {ranks[projection.name]} is above the break-even rank {projection.break_even_rank} of "
+                f"rank.initial {present} is above the break-even rank {projection.break_even_rank} of "
                 f"{projection.name} ({projection.out_features} x {projection.in_features}), where factors cost more "
                 "than the dense weight: lower rank.initial"
+            )
+        if rank.policy != "fixed" and 2 * present < rank.quantum:
+            raise ValueError(
+                f"rank.quantum {rank.quantum} is more than twice the rank {present} of {projection.name}, and ranks at "
+                "most double in one event: lower rank.quantum"
+            )
+        if rank.policy == "explained_ratio" and present <= rank.buffer:
+            raise ValueError(
+                f"rank.policy=explained_ratio uses the rank less rank.buffer, and {present} - {rank.buffer} leaves "
+                f"none of {projection.name}: raise rank.initial or lower rank.buffer"
             )
     if rank.policy == "gradient":
         check_probe(rank, factored, ranks)

@@ -83,12 +83,3 @@ def untrained_ranks(layers: Sequence[LayerMeasurement], rank: RankConfig) -> dic
 def _with_rank(layer: LayerMeasurement, rank: int) -> LayerMeasurement:
     padded = np.concatenate([layer.singular_values, np.zeros(rank - layer.rank)])
     return LayerMeasurement(layer.projection, rank, padded)
-
-
-def check_buffer(rank: RankConfig) -> None:
-    """ValueError if no direction would be left beside the buffer."""
-    if rank.initial <= rank.buffer:
-        raise ValueError(
-            f"rank.policy=explained_ratio uses rank.initial - rank.buffer directions, and {rank.initial} - "
-            f"{rank.buffer} leaves none: raise rank.initial or lower rank.buffer"
-        )

@@ -7,8 +7,9 @@ of directions is worth its energy over the parameters it costs,
     worth = Σ demand / (quantum · (in + out)),
 
 and the quanta worth most are granted until the event's share of the budget is spent: what is left of the budget,
-divided evenly over the decisions left until `rank.stop_step`. Without a budget every layer with a demand gets one
-quantum.
+divided evenly over the decisions left until `rank.stop_step`. The last one may cost more than the share still holds, so
+that dear layers get their turn too; the later shares are smaller for it. Without a budget every layer with a demand
+gets one quantum.
 
 A layer takes part only if its update uses half of its rank (`used_rank` of the cumulative update). That is the null of
 this policy: energy outside the span is 1 - rank/in on untrained factors whatever the labels, and agreement alone does
@@ -54,14 +55,14 @@ class GradientPolicy:
         asking = [layer for layer in layers if self._may_ask(layer)]
         if room is None:
             return {layer.projection.name: layer.rank + self._rank.quantum for layer in asking}
-        left = room / self._decisions_left(step)
+        share = room / self._decisions_left(step)
         offers = [offer for layer in asking for offer in self._offers(layer)]
         heapq.heapify(offers)
         granted: dict[str, int] = {}
-        while offers:
+        while offers and share > 0:
             _, name, rank, cost = heapq.heappop(offers)
-            if cost <= left and granted.get(name, rank) == rank:  # later quanta only on top of earlier ones
-                left -= cost
+            if cost <= room and granted.get(name, rank) == rank:  # later quanta only on top of earlier ones
+                share, room = share - cost, room - cost
                 granted[name] = rank + self._rank.quantum
         return granted
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from model.sharding import TensorLayout
 from pretrain.checkpoint_format import (
+    FORMAT_VERSION,
     KEYS,
     Manifest,
     ParameterRecord,
@@ -87,7 +88,7 @@ def some_manifest() -> Manifest:
     fragments = [{"parameter": "w", "key": key, "start": 0, "length": 4} for key in KEYS]
     shard = {"file": "shard_000_00000.safetensors", "bytes": 100, "checksum": "0" * 32, "tensor_index": 0}
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         step=3,
         tensor_size=1,
         parameters={"w": ParameterRecord(shape=[2, 2], dim=None, stride=1)},

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pretrain.checkpoint_format import MANIFEST_NAME, fragment_name
+from pretrain.checkpoint_format import FORMAT_VERSION, MANIFEST_NAME, fragment_name
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, locate_checkpoint
 from pretrain.errors import CheckpointError
 from tests.pretrain.checkpoint_cases import LAYOUTS, edit_manifest, flip_bit, logical, save, sign
@@ -162,7 +162,7 @@ def set_piece(manifest: Manifest, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("lie", "words"),
     [
-        (lambda m: m.update(format_version=2), "format_version is 2"),
+        (lambda m: m.update(format_version=FORMAT_VERSION + 1), f"format_version is {FORMAT_VERSION + 1}"),
         (lambda m: m.pop("format_version"), "format_version is None"),
         (lambda m: m.pop("tensor_size"), "tensor_size: Field required"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),

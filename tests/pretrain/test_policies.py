@@ -141,7 +141,7 @@ MODEL = ModelConfig(layers=1, hidden=64, heads=4, ffn=192, family="gpt2")  # pro
         ({"policy": "explained_ratio", "initial": 16, "buffer": 16}, "16 - 16 leaves none"),
         ({"initial": 16, "start_step": 5, "stop_step": 4}, "rank.stop_step 4 is before"),
         ({"initial": 16, "budget": 0.5}, "rank.budget 0.5 is for policies that decide by themselves"),
-        ({"initial": 16, "truncate": 0.1}, "rank.truncate 0.1 is for policies that measure"),
+        ({"initial": 16, "truncate": 0.1}, "rank.truncate 0.1 is for policies that look at what was learned"),
         ({"initial": 16, "budget_unit": "flops"}, "there is no budget: set rank.budget"),
         (
             {"policy": "gradient", "initial": 16, "budget": 0.25},
@@ -244,7 +244,13 @@ def test_gradient_spreads_its_budget_over_the_decisions_left():
     policy = gradient_policy(stop_step=40)  # decisions at 10, 20, 30 and 40
     assert policy.targets(10, [layer], 4 * 512) == {"square": 12}
     assert policy.targets(30, [layer], 4 * 512) == {"square": 16}
-    assert policy.targets(10, [layer], 4 * 512 - 1) == {}
+    assert policy.targets(10, [layer], 4 * 512 - 1) == {"square": 12}  # the last one may cost more than its share
+    assert policy.targets(10, [layer], 511) == {}
+
+
+def test_gradient_does_not_pass_a_dear_layer_over_for_a_cheap_one():
+    dear, cheap = learned(8, np.ones(16), np.full(8, 10.0)), learned(8, np.ones(16), np.ones(8), SQUARE)
+    assert gradient_policy(stop_step=40).targets(10, [dear, cheap], 4 * 512) == {"wide": 12}
 
 
 def test_gradient_asks_only_for_layers_that_use_what_they_have_and_want_more():
@@ -303,6 +309,10 @@ def test_the_ranks_of_a_start_are_checked_one_by_one():
         check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, budget=0.3), parts, ranks)
     with pytest.raises(ValueError, match=r"rank\.probe 41 is wider than what rank 24 leaves of square"):
         check_start_ranks(RankConfig(policy="gradient", initial=8, probe=41), parts, ranks)
+    with pytest.raises(ValueError, match=r"rank\.quantum 32 is more than twice the rank 8 of wide"):
+        check_start_ranks(RankConfig(policy="schedule", initial=8, quantum=32), parts, ranks)
+    with pytest.raises(ValueError, match="8 - 16 leaves none of wide"):
+        check_start_ranks(RankConfig(policy="explained_ratio", initial=24, buffer=16), parts, ranks)
     with pytest.raises(ValueError, match="40 is above the break-even rank 32 of square"):
         check_start_ranks(RankConfig(initial=8), parts, ranks | {"square": 40})
 

@@ -203,7 +203,7 @@ def test_what_was_measured_decides_alike_on_every_layout(
         states.append(CheckpointReader(folder / "checkpoints" / "step_000000012").state)
         decisions = _events(folder, "decision")
         assert [event["step"] for event in decisions] == [4, 8]
-        assert all(event["flops"] > 0.0 and event["seconds"] > 0.0 for event in decisions)
+        assert all(event["flops"] > 0.0 for event in decisions)
     assert states[0]["growth"]
     for found, state in zip(curves[1:], states[1:], strict=True):
         assert state["ranks"] == states[0]["ranks"]
