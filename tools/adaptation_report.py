@@ -83,10 +83,10 @@ def write_picture(facts: Mapping[str, Any], path: Path) -> None:
             marker=marker,
             label=label,
         )
-        for record in points:
-            if record["policy"] != "fixed":
-                place = (record["trained_parameters"], record["validation_loss"])
-                axes.annotate(record["policy"], place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        named = [record for record in points if record["policy"] != "fixed"]
+        for height, record in enumerate(sorted(named, key=lambda record: record["validation_loss"])):
+            place = (record["trained_parameters"], record["validation_loss"])
+            axes.annotate(record["policy"], place, xytext=(7, 14 * height - 10), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("validation loss (nats a token)")

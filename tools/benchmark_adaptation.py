@@ -49,10 +49,10 @@ RANKS = (4, 16, 32)
 FIRST_RANK, LAST_RANK = RANKS[0], RANKS[1]
 HELD_OUT_SHARE = 0.1
 RATES = {
-    "full": (3e-4, 1e-3, 2e-3),
-    "lora": (2e-3, 5e-3, 1e-2),
-    "peft": (2e-3, 5e-3, 1e-2),
-    "growing": (2e-3, 5e-3, 1e-2),
+    "full": (1e-3, 2e-3, 4e-3, 8e-3),
+    "lora": (5e-3, 1e-2, 2e-2, 5e-2),
+    "peft": (5e-3, 1e-2, 2e-2, 5e-2),
+    "growing": (5e-3, 1e-2, 2e-2, 5e-2),
 }
 GROWTH: dict[str, dict[str, Any]] = {
     "schedule": {"events": [(0.25, 8), (0.5, LAST_RANK)]},

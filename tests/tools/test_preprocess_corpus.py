@@ -172,7 +172,13 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -
     command = [sys.executable, "-m", "tools.preprocess_corpus", "--input", *(["stdlib"] * 30), "--workers", "2"]
     command += ["--output-prefix", str(folder / "corpus"), "--tokenizer-model", str(tokenizer.path)]
     process = subprocess.Popen(
-        command, cwd=Path(tool.__file__).parent.parent, start_new_session=True, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=Path(tool.__file__).parent.parent,
+        start_new_session=True,
+        # A shell that starts the tests in its background has them ignore Ctrl-C, and so would the tool.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 60
