@@ -36,7 +36,7 @@ from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm, singular_values, update_grams
 from pretrain.engine import release_free_memory, tear_down
-from pretrain.errors import NumericalError
+from pretrain.errors import agreed
 from pretrain.optimizer_state import gather, optimizer_state, stash
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
 from pretrain.probe import Demand
@@ -280,9 +280,7 @@ def _refuse_non_finite(logits: Tensor, step: int) -> None:
     finite = logits.isfinite().all().int()
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     if not finite:
-        error = NumericalError(f"the model's logits are not finite at step {step}: lower optimizer.learning_rate")
-        error.agreed = True
-        raise error
+        raise agreed(f"the model's logits are not finite at step {step}: lower optimizer.learning_rate")
 
 
 def _check_logits(expected: Tensor, found: Tensor) -> None:

@@ -41,6 +41,13 @@ class NumericalError(EspalierError):
     exit_code = 4
 
 
+def agreed(message: str) -> NumericalError:
+    """The error for a figure that is the same on all processes."""
+    error = NumericalError(message)
+    error.agreed = True
+    return error
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line entry; an `EspalierError` becomes one line on stderr and its exit code."""
     try:

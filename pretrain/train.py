@@ -26,10 +26,11 @@ from pretrain.initial_values import check_ranks, check_same_start, check_start
 from pretrain.monitor import Monitor
 from pretrain.objective import corpus_for, mask_token
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
+from pretrain.progress import samples_of_the_run
 from pretrain.run_folder import refuse_foreign_folder, write_run_record
 from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer
-from pretrain.trainer import Trainer, samples_of_the_run, validation_samples
+from pretrain.trainer import Trainer, validation_samples
 
 
 def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
@@ -39,7 +40,7 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
     while state.step < train.steps:
         decision = run.decide_if_due()
         if decision is not None:
-            monitor.decision(state.step, decision.seconds, decision.flops)
+            monitor.decision(state.step, decision.answer.seconds, decision.answer.flops)
         if decision is not None and decision.growth is not None:
             growth = decision.growth
             monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 from safetensors.torch import save_file
+from torch import Tensor
 
 from model.config import ModelConfig, factored_projections
 from pretrain.tokenizer import END_OF_DOCUMENT, Tokenizer
@@ -56,8 +57,17 @@ def random_consolidated(
     settings: dict[str, object] = {"layers": 2, "sequence_length": 32, "vocabulary": tokenizer.vocabulary}
     config = ModelConfig.model_validate(settings | FAMILIES[family] | PARAMETRIZATIONS[parametrization] | changes)
     ranks = {projection.name: 4 + place for place, projection in enumerate(factored_projections(config))}
+    write_consolidated(folder, tokenizer, config, ranks)
+    return folder
+
+
+def write_consolidated(
+    folder: Path, tokenizer: Tokenizer, config: ModelConfig, ranks: dict[str, int]
+) -> dict[str, Tensor]:
+    """Makes `folder`, as training left it after 40 steps, with the random numbers that it returns."""
+    tensors = random_tensors(config, ranks, seed=3)
     folder.mkdir()
-    save_file(random_tensors(config, ranks, seed=3), folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     facts = {
         "format_version": 1,
         "model": config.model_dump(),
@@ -67,5 +77,5 @@ def random_consolidated(
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary},
     }
     (folder / "espalier.json").write_text(json.dumps(facts))
-    shutil.copy(tokenizer_path, folder / "tokenizer.model")
-    return folder
+    shutil.copy(tokenizer.path, folder / "tokenizer.model")
+    return tensors

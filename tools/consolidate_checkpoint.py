@@ -8,25 +8,14 @@ Needs no GPU and no process group, and holds one parameter in memory at a time, 
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
 from pretrain.consolidated import ConsolidatedModel, check_output, write_consolidated
-from pretrain.errors import ConfigError, run_command
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """`4GB`, `500 MB`, `2GiB` or a plain number of bytes."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
-        raise ConfigError(f"{text!r} is not a size: give --max-shard-size as 4GB, 500MB or 2GiB")
-    return size
+from pretrain.errors import run_command
+from tools.arguments import parse_bytes
 
 
 def main() -> None:

@@ -9,12 +9,7 @@ the additive model before the folder gets its name. Memory: the fp32 weights of 
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
 
 from model.adapter import adapter_config
 from model.arithmetic import trained_parameters
@@ -25,63 +20,27 @@ from pretrain.adapter_export import (
     compare_with_adapter,
     write_adapter_export,
 )
-from pretrain.checkpoint_format import write_blocks
-from pretrain.consolidated import FACTS_NAME, ConsolidatedModel
-from pretrain.dense_export import dense_bytes
+from pretrain.consolidated import ConsolidatedModel
 from pretrain.errors import run_command
-from pretrain.export_marker import ADAPTER_EXPORT, check_disk, check_output, check_source, files_below
+from pretrain.export_marker import ADAPTER_EXPORT
 from pretrain.logit_comparison import TOLERANCES, Comparison
-from pretrain.new_folder import new_folder
-from tools.consolidate_checkpoint import parse_bytes
-from tools.densify_checkpoint import DTYPES
+from tools.model_export import DTYPES, open_source, parse_arguments, write_export
 
 
 def main() -> None:
-    arguments = _parse_arguments()
-    max_shard_bytes = parse_bytes(arguments.max_shard_size)
-    check_source(arguments.input)
-    transformers.utils.logging.disable_progress_bar()
-    consolidated = ConsolidatedModel(arguments.input)
+    arguments = parse_arguments(
+        "Writes a consolidated additive model as a LoRA adapter for PEFT.", ADAPTER_EXPORT, "the base's weights"
+    )
+    consolidated = open_source(arguments.input)
     check_additive(consolidated)
-    consolidated.check_causal()
-    dtype = DTYPES[arguments.dtype]
-    output = arguments.output.resolve()
-    check_output(output, arguments.input.resolve(), ADAPTER_EXPORT, overwrite=arguments.overwrite)
-    check_disk(output, dense_bytes(consolidated, dtype))
-    with new_folder(output) as folder:
-        write_adapter_export(consolidated, folder, output, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        comparison = compare_with_adapter(consolidated, folder, dtype=dtype)
-        marker = _marker(consolidated, folder, arguments.dtype, comparison)
-        write_blocks(folder / FACTS_NAME, [json.dumps(marker, indent=2).encode()])
-    print(_summary(consolidated, output, arguments.dtype, comparison))
+    comparison = write_export(consolidated, arguments, ADAPTER_EXPORT, _write)
+    print(_summary(consolidated, arguments.output.resolve(), arguments.dtype, comparison))
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Writes a consolidated additive model as a LoRA adapter for PEFT.")
-    parser.add_argument(
-        "--input", type=Path, required=True, help="folder written by tools/consolidate_checkpoint.py", metavar="DIR"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write", metavar="DIR")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the base's weights (float32)")
-    parser.add_argument(
-        "--max-shard-size", default="4GB", help="largest weight file, e.g. 500MB or 2GiB (4GB)", metavar="SIZE"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier adapter export in --output")
-    return parser.parse_args()
-
-
-def _marker(consolidated: ConsolidatedModel, folder: Path, dtype: str, comparison: Comparison) -> dict[str, Any]:
-    """Where the export comes from, what was verified, and the files that are ours to replace."""
-    return {
-        "format_version": 1,
-        "kind": ADAPTER_EXPORT,
-        "source": str(consolidated.folder),
-        "dtype": dtype,
-        **{key: consolidated.facts[key] for key in ("model", "ranks", "growth", "train", "tokenizer")},
-        "verified": comparison.facts(TOLERANCES[DTYPES[dtype]]),
-        "files": sorted([FACTS_NAME, *files_below(folder)]),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+def _write(consolidated: ConsolidatedModel, folder: Path, arguments: argparse.Namespace) -> Comparison:
+    dtype, size = DTYPES[arguments.dtype], arguments.max_shard_size
+    write_adapter_export(consolidated, folder, arguments.output.resolve(), dtype=dtype, max_shard_bytes=size)
+    return compare_with_adapter(consolidated, folder, dtype=dtype)
 
 
 def _summary(consolidated: ConsolidatedModel, output: Path, dtype: str, comparison: Comparison) -> str:

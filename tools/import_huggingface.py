@@ -39,7 +39,7 @@ from pretrain.logit_comparison import (
 )
 from pretrain.model_import import check_rank, write_import, write_training_settings
 from pretrain.new_folder import new_folder
-from tools.consolidate_checkpoint import parse_bytes
+from tools.arguments import parse_bytes
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from pretrain.errors import DataError, EspalierError, run_command
 from pretrain.index_check import CorpusFacts, files_of, read_facts, scan_index
 from pretrain.tokenizer import SPACE, Tokenizer
+from tools.arguments import positive
 from tools.documents import Document, find_files, read_documents, stored_bytes
 
 BATCH_CHARACTERS = 1 << 20
@@ -255,16 +256,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", type=Path, required=True, help="written by tools/train_tokenizer.py")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts in .jsonl lines (text)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--workers", type=_positive, default=1, help="processes that tokenize (1)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes that tokenize (1)")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus this tool wrote")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
 
 
 if __name__ == "__main__":

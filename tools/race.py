@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import ConfigError, EspalierError, run_command
+from tools.arguments import positive
 from tools.race_plan import RaceConfig, Run, due_runs, load_race, loss_of, run_settings, tuned_rate
 from tools.race_report import write_report
 from tools.race_results import Results
@@ -167,19 +168,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for texts and runs")
     parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, help="raw figures (docs/results.json)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run these methods alone")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="show what is recorded and what is due, run nothing")
     action.add_argument("--speed", action="store_true", help="measure step times, on a machine that is idle")
     action.add_argument("--report", action="store_true", help="write tables and curves beside the results")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.initial_values import check_start, initial_model
 from pretrain.tokenizer import Tokenizer
+from tests.consolidated_folder import write_consolidated
 from tests.distributed import run
 from tests.parallel_model import gather_logical
-from tests.reference import random_tensors
 from tests.training_runs import SMALL, curve, make_corpus, train_in_workers, write_config
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,20 +43,7 @@ def _make_start(folder: Path, corpus: Path, model: dict[str, Any]) -> dict[str, 
     tokenizer = Tokenizer(corpus / "tokenizer.model")
     config = ModelConfig.model_validate({**SMALL["model"], **model, "vocabulary": tokenizer.vocabulary})
     ranks = {projection.name: RANK for projection in factored_projections(config)}
-    tensors = random_tensors(config, ranks, seed=3)
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    facts = {
-        "format_version": 1,
-        "model": config.model_dump(),
-        "ranks": ranks,
-        "growth": [],
-        "train": {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "skipped_steps": 0},
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary},
-    }
-    (folder / "espalier.json").write_text(json.dumps(facts))
-    shutil.copy(tokenizer.path, folder / "tokenizer.model")
-    return tensors
+    return write_consolidated(folder, tokenizer, config, ranks)
 
 
 def _config(path: Path, corpus: Path, start: Path, model: dict[str, Any], **sections: dict[str, Any]) -> Path:

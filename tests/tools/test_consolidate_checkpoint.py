@@ -13,7 +13,8 @@ from pretrain.consolidated import ConsolidatedModel
 from pretrain.errors import ConfigError
 from tests.pretrain.checkpoint_cases import flip_bit, hidden_names, save_model
 from tests.reference import random_tensors
-from tools.consolidate_checkpoint import main, parse_bytes
+from tools.arguments import parse_bytes
+from tools.consolidate_checkpoint import main
 
 CONFIG = ModelConfig(layers=1, hidden=16, heads=2, ffn=24, sequence_length=8, vocabulary=100)
 RANKS = {projection.name: 4 for projection in factored_projections(CONFIG)}

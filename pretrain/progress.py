@@ -1,0 +1,26 @@
+"""Where a run stands, and what it has still before it."""
+
+from dataclasses import dataclass, field
+
+from pretrain.augmentation import GrowthRecord
+from pretrain.config import RunConfig
+from pretrain.schedule import samples_before
+
+
+@dataclass
+class TrainState:
+    """What a resumed run must know besides masters and moments."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    growth: list[GrowthRecord] = field(default_factory=list)
+
+
+def samples_of_the_run(config: RunConfig, step: int, consumed: int) -> int:
+    """Sequences consumed at the end by a run that has `consumed` behind it at `step`, whatever its batches were."""
+    train = config.train
+    end, now = (samples_before(moment, train.global_batch, train.batch_ramp) for moment in (train.steps, step))
+    return consumed + end - now
