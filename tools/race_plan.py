@@ -2,7 +2,7 @@
 
 A race compares methods of training one model on one text. Every method gets its own learning rate: the best of a grid,
 tried at a fraction of the length, and the grid grows by its own factor until the best value has a neighbour on both
-sides. Only runs of full length are compared.
+sides. Only runs of full length are compared; `check_rates` tells what another rate would have come to there.
 
 A race is one YAML file. Settings of the runs are those of `pretrain.config`; there, a value written as `5%` is that
 share of the run's steps (at least one), so that a schedule keeps its shape at every length.
@@ -55,6 +55,7 @@ class Method(_Section):
     length: float = Field(1.0, gt=0.0, description="steps, as a share of those of the race")
     settings: dict[str, dict[str, Any]] = Field({}, description="laid over the settings of the race")
     learning_rates: tuple[float, ...] = Field(min_length=2, description="the grid, ascending by one factor")
+    check_rates: tuple[float, ...] = Field((), description="also run at full length, and reported beside the tuned one")
     seeds: tuple[int, ...] = Field((1,), min_length=1, description="of the runs of full length")
     switch: SwitchConfig | None = None
 
@@ -192,10 +193,19 @@ def loss_of(record: Mapping[str, Any]) -> float:
 
 def tuning_losses(race: RaceConfig, method: str, records: Mapping[str, Mapping[str, Any]]) -> dict[float, float]:
     """Loss by learning rate, of the runs that chose so far."""
+    return _losses(records, method, race.tuning_seed, race.short_steps(method))
+
+
+def full_losses(race: RaceConfig, method: str, records: Mapping[str, Mapping[str, Any]]) -> dict[float, float]:
+    """Loss by learning rate, of the runs of full length with the first seed."""
+    return _losses(records, method, race.methods[method].seeds[0], race.full_steps(method))
+
+
+def _losses(records: Mapping[str, Mapping[str, Any]], method: str, seed: int, steps: int) -> dict[float, float]:
     return {
         record["learning_rate"]: loss_of(record)
         for record in records.values()
-        if (record["method"], record["seed"], record["steps"]) == (method, race.tuning_seed, race.short_steps(method))
+        if (record["method"], record["seed"], record["steps"]) == (method, seed, steps)
     }
 
 
@@ -247,7 +257,8 @@ def _runs(race: RaceConfig, records: Mapping[str, Mapping[str, Any]]) -> Iterato
             for rate in missing_rates(method.learning_rates, tuning_losses(race, name, records)):
                 yield Run(name, rate, race.tuning_seed, race.short_steps(name))
         for name in (name for name in group if name in rates):
-            yield Run(name, rates[name], group[name].seeds[0], race.full_steps(name))
+            for rate in dict.fromkeys([rates[name], *group[name].check_rates]):
+                yield Run(name, rate, group[name].seeds[0], race.full_steps(name))
     for name, rate in rates.items():
         for seed in race.methods[name].seeds[1:]:
             yield Run(name, rate, seed, race.full_steps(name))

@@ -13,7 +13,7 @@ from pretrain.errors import DataError
 from pretrain.run_folder import replace_text
 from tools import race_figures
 from tools.race_entries import Curve, Entry, collect
-from tools.race_plan import RaceConfig, loss_of, tuned_rate, tuning_losses
+from tools.race_plan import RaceConfig, full_losses, loss_of, tuned_rate, tuning_losses
 from tools.race_results import Results
 
 MARKER = "<!-- Below: written by tools/race.py --report -->"
@@ -217,17 +217,28 @@ def _tuning_lines(race: RaceConfig, content: Mapping[str, Any]) -> Iterator[str]
     yield ""
     yield "Validation loss of the short runs that chose; the best is bold."
     yield ""
-    losses = {name: tuning_losses(race, name, content["runs"]) for name in race.methods}
+    runs = content["runs"]
+    yield from _rate_table(race, runs, {name: tuning_losses(race, name, runs) for name in race.methods})
+    checked = {name: full_losses(race, name, runs) for name, method in race.methods.items() if method.check_rates}
+    if any(len(by_rate) > 1 for by_rate in checked.values()):
+        yield "What other rates come to at full length, first seed; bold is the rate that the short runs chose."
+        yield ""
+        yield from _rate_table(race, runs, checked)
+
+
+def _rate_table(
+    race: RaceConfig, runs: Mapping[str, Any], losses: Mapping[str, Mapping[float, float]]
+) -> Iterator[str]:
     rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
     rows = []
     for name, by_rate in losses.items():
         if by_rate:
-            best = tuned_rate(race, name, content["runs"])
-            texts = [_NONE if rate not in by_rate else _tried(by_rate[rate], rate == best) for rate in rates]
+            chosen = tuned_rate(race, name, runs)
+            texts = [_NONE if rate not in by_rate else _tried(by_rate[rate], rate == chosen) for rate in rates]
             rows.append([race.methods[name].title, *texts])
     yield from _table(["method", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _tried(loss: float, best: bool) -> str:
+def _tried(loss: float, chosen: bool) -> str:
     text = "diverged" if loss == float("inf") else f"{loss:.3f}"
-    return f"**{text}**" if best else text
+    return f"**{text}**" if chosen else text

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from model.config import ModelConfig
 from pretrain.config import parse_config
 from pretrain.errors import ConfigError, DataError, EspalierError
 from tools.race import overview, refuse_changed_methods
-from tools.race_plan import Run, best_rate, due_runs, load_race, missing_rates, run_settings, tuned_rate
+from tools.race_plan import Run, best_rate, due_runs, full_losses, load_race, missing_rates, run_settings, tuned_rate
 from tools.race_report import MARKER, write_report
 from tools.race_results import Results, flops_until, join_parts, locked, rank_stretches
 from tools.race_runs import ROOT, Busy, Runner
@@ -130,6 +131,18 @@ def test_runs_become_due_in_order(tmp_path: Path) -> None:
         ("growing", 4e-3, 1, 8),
         ("dense", 2e-3, 2, 8),
     ]
+
+
+def test_other_rates_are_checked_at_full_length_and_not_compared(tmp_path: Path) -> None:
+    methods = {**RACE["methods"], "dense": {**RACE["methods"]["dense"], "check_rates": [1e-3]}}
+    race = load_race(write_race(tmp_path / "race.yaml", methods=methods))
+    runs = [Run("dense", rate, 1, 4) for rate in GRID]
+    records = {run.key: record(run, 4.0 + abs(math.log(run.learning_rate / 2e-3))) for run in runs}
+    checked = [run for run in due_runs(race, records) if (run.method, run.steps, run.seed) == ("dense", 8, 1)]
+    assert [run.learning_rate for run in checked] == [2e-3, 1e-3]
+    records |= {run.key: record(run, 3.5 - number) for number, run in enumerate(checked)}
+    assert full_losses(race, "dense", records) == {2e-3: 3.5, 1e-3: 2.5}
+    assert tuned_rate(race, "dense", records) == 2e-3
 
 
 def test_shares_become_steps_and_rates_are_set(tmp_path: Path) -> None:
@@ -369,6 +382,7 @@ def test_whole_sources_are_held_out(tmp_path: Path) -> None:
 def test_a_small_race_goes_on_after_an_interruption_and_reports(tmp_path: Path) -> None:
     rates = [1e-27, 1e-2, 1e23]  # nothing is learned, something is, and nothing is finite any more
     methods = {name: {**method, "seeds": [1], "learning_rates": rates} for name, method in RACE["methods"].items()}
+    methods["growing"]["check_rates"] = [2e-2]
     config = write_race(tmp_path / "race.yaml", methods=methods)
     results = tmp_path / "docs" / "results.json"
     results.parent.mkdir()
@@ -410,6 +424,9 @@ def test_a_small_race_goes_on_after_an_interruption_and_reports(tmp_path: Path) 
     assert "old" not in report.splitlines()
     assert "| growing | 0.01 | 1 |" in report
     assert "diverged" in report
+    table = report.partition("What other rates come to at full length")[2].splitlines()
+    assert table[2] == "| method | 0.01 | 0.02 |"
+    assert re.fullmatch(r"\| growing \| \*\*\d\.\d+\*\* \| \d\.\d+ \|", table[4])
     assert sorted(path.name for path in (results.parent / "images").iterdir()) == [
         "race_flops.png",
         "race_ranks.png",
