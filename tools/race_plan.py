@@ -84,6 +84,7 @@ class RaceConfig(_Section):
     tuning_seed: int = Field(1, ge=0, description="seed of the runs that choose the learning rate")
     final_rate: float = Field(0.1, ge=0.0, le=1.0, description="learning rate at the end, as a share of its peak")
     baseline: str = Field(description="the method that the others are measured against")
+    frontier: tuple[str, ...] = Field((), description="fixed ranks, between which others are placed by their FLOPs")
     settings: dict[str, dict[str, Any]] = Field({}, description="of every run")
     tuning_settings: dict[str, dict[str, Any]] = Field({}, description="laid over them in runs that choose")
     speed_steps: int = Field(16, ge=4, description="steps of one timed run (--speed)")
@@ -95,6 +96,9 @@ class RaceConfig(_Section):
     def _names_are_known(self) -> "RaceConfig":
         if self.baseline not in self.methods:
             raise ValueError(f"baseline {self.baseline} is no method: set it to one of {', '.join(self.methods)}")
+        for name in self.frontier:
+            if name not in self.methods:
+                raise ValueError(f"frontier {name} is no method: set it to some of {', '.join(self.methods)}")
         for name, method in self.methods.items():
             if not re.fullmatch(r"[a-z0-9_]+", name):
                 raise ValueError(f"method {name!r} is no plain name: use small letters, digits and _")

@@ -79,11 +79,13 @@ def _lines(
     yield (
         "*dense there*: the loss of the dense run of the same seed at the moment when it had spent as much, read off "
         "its curve. A dense run is not annealed at that point, which is to its disadvantage; dense runs of another "
-        "length, where the race has any, are methods of their own."
+        "length, where the race has any, are methods of their own. *fixed ranks there*: the loss at the end of a fixed "
+        "rank that costs as many FLOPs, interpolated between those of the race (over the logarithm of FLOPs, first "
+        "seed)."
     )
     yield ""
     yield from _table(
-        ["method", "loss", "TFLOP", "dense there", "seconds", "share of dense", "dense there"],
+        ["method", "loss", "TFLOP", "dense there", "fixed ranks there", "seconds", "share of dense", "dense there"],
         [_cost_row(race, entries, entry) for entry in entries.values()],
     )
     for name, caption in (
@@ -140,8 +142,11 @@ def _cost_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> l
     other = None if dense is None else dense.curves.get(curve.record["seed"])
     row = [entry.method.title, _loss_text([loss_of(curve.record)])]
     if not curve.loss:
-        return [*row, _NONE, _NONE, _NONE, _NONE, _NONE]
-    row += [f"{curve.flops[-1]:.1f}", _read_off(other, other.flops if other else None, curve.flops[-1])]
+        return [*row, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE]
+    spent = curve.flops[-1]
+    row += [f"{spent:.1f}", _read_off(other, other.flops if other else None, spent)]
+    comparable = entry.name not in race.frontier and entry.method.against in (None, race.baseline)
+    row.append(on_frontier(race, entries, spent) if comparable else _NONE)
     if curve.seconds is None:
         return [*row, _NONE, _NONE, _NONE]
     seconds, theirs = curve.seconds[-1], other.seconds if other else None
@@ -154,6 +159,16 @@ def _read_off(curve: Curve | None, spent: list[float] | None, at: float) -> str:
     if curve is None or not spent or not spent[0] <= at <= spent[-1]:
         return _NONE
     return f"{float(np.interp(at, spent, curve.loss)):.3f}"
+
+
+def on_frontier(race: RaceConfig, entries: Mapping[str, Entry], spent: float) -> str:
+    """Loss at the end of a fixed rank that costs as much; nothing beyond the cheapest and the dearest."""
+    curves = [entries[name].first for name in race.frontier if name in entries]
+    points = sorted((curve.flops[-1], curve.loss[-1]) for curve in curves if curve.loss)
+    if not points or not points[0][0] <= spent <= points[-1][0]:
+        return _NONE
+    flops, losses = zip(*points, strict=True)
+    return f"{float(np.interp(np.log(spent), np.log(flops), losses)):.3f}"
 
 
 def _against(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> Entry | None:

@@ -17,8 +17,9 @@ from model.config import ModelConfig
 from pretrain.config import parse_config
 from pretrain.errors import ConfigError, DataError, EspalierError
 from tools.race import overview, refuse_changed_methods
+from tools.race_entries import Curve, Entry
 from tools.race_plan import Run, best_rate, due_runs, full_losses, load_race, missing_rates, run_settings, tuned_rate
-from tools.race_report import MARKER, write_report
+from tools.race_report import MARKER, on_frontier, write_report
 from tools.race_results import Results, flops_until, join_parts, locked, rank_stretches
 from tools.race_runs import ROOT, Busy, Runner
 from tools.race_speed import StepSeconds, kind_of, seconds_until, timings
@@ -179,6 +180,7 @@ def test_a_dense_beginning_is_a_part_of_its_own(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"baseline": "none"}, "baseline none is no method: set it to one of dense, growing"),
+        ({"frontier": ["dense", "none"]}, "frontier none is no method: set it to some of dense, growing"),
         ({"tuning_steps": 8}, "tuning_steps 8 is not below steps 8"),
         ({"stepps": 8}, "there is no setting stepps: did you mean steps"),
         (
@@ -284,6 +286,22 @@ def test_seconds_are_those_of_the_ranks_and_the_events() -> None:
     assert seconds_until(8, run, table) == pytest.approx(4 * 1.0 + 0.5 + 4 * 2.5)
     assert seconds_until(10, run, table) == pytest.approx(4 * 1.0 + 0.5 + 4 * 2.5 + 0.5 + 2 * 3.5)
     assert seconds_until(10, run, StepSeconds({})) is None
+
+
+def test_other_methods_are_placed_between_fixed_ranks_of_their_flops(tmp_path: Path) -> None:
+    race = load_race(write_race(tmp_path / "race.yaml", frontier=["dense", "growing"]))
+    entries = {
+        name: Entry(name, race.methods[name], 1e-3, {1: Curve({}, [5.0, loss], [1.0, flops], None)})
+        for name, loss, flops in (("growing", 4.0, 2.0), ("dense", 3.0, 8.0))
+    }
+    assert [on_frontier(race, entries, spent) for spent in (2.0, 4.0, 8.0, 1.9, 8.1)] == [
+        "4.000",
+        "3.500",
+        "3.000",
+        "–",
+        "–",
+    ]
+    assert on_frontier(race, {}, 4.0) == "–"
 
 
 def test_parts_of_a_run_are_joined() -> None:
