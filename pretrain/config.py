@@ -206,7 +206,7 @@ def differing_architecture(saved: Mapping[str, Any], config: RunConfig, *free: s
     Dropout, the initial scale and the keys in `free` may change, a vocabulary that is still to be read from the
     tokenizer is not compared, ranks are the saved model's own, and a setting younger than it had its default.
     """
-    present, saved = config.model.model_dump(), ModelConfig().model_dump() | dict(saved)
+    present, saved = _with_widths(config.model.model_dump()), _with_widths(ModelConfig().model_dump() | dict(saved))
     ignored = {"attention_dropout", "hidden_dropout", "initial_std", *free}
     if config.model.vocabulary == 0:
         ignored.add("vocabulary")
@@ -215,3 +215,9 @@ def differing_architecture(saved: Mapping[str, Any], config: RunConfig, *free: s
         for key in sorted((saved.keys() | present.keys()) - ignored)
         if saved.get(key) != present.get(key)
     )
+
+
+def _with_widths(section: dict[str, Any]) -> dict[str, Any]:
+    """A model section with the widths that its zeros stand for: 0 and the width itself are the same architecture."""
+    model = ModelConfig.model_construct(**{key: section[key] for key in ModelConfig.model_fields})
+    return section | {"ffn": model.ffn_width, "query_groups": model.groups}

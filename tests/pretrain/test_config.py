@@ -249,6 +249,16 @@ def test_a_checkpoint_of_another_architecture_is_refused():
     assert "model.hidden is 256 there and 512 here, model.layers is 4 there and 5 here" in str(refused.value)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_width_may_be_written_out_or_left_to_its_default(family):
+    left = {"family": family, "hidden": 128}
+    written = left | {"query_groups": 4, "ffn": configured(model=left).model.ffn_width}
+    for saved, own in (written, left), (left, written):
+        check_same_architecture(configured(model=saved).model.model_dump(), configured(model=own))
+    with pytest.raises(ConfigError, match=rf"model\.ffn is {written['ffn']} there and 192 here"):
+        check_same_architecture(configured(model=left).model.model_dump(), configured(model=left | {"ffn": 192}))
+
+
 def test_a_dense_model_has_no_ranks():
     assert configured(model={"parametrization": "dense"}).initial_ranks() == {}
 
