@@ -17,7 +17,7 @@ from pretrain.config_file import explain, find_file, merge, parse_override, read
 from pretrain.corpus import DataConfig
 from pretrain.errors import ConfigError
 from pretrain.layout import Layout, lay_out
-from pretrain.policies import RankConfig, check_rank_config
+from pretrain.policies import RankConfig, check_rank_config, with_default_pace
 from pretrain.schedule import BatchRamp, OptimizerConfig, ScheduleConfig, check_ramp, check_schedule
 
 
@@ -112,6 +112,10 @@ class RunConfig(_Section):
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _growth_has_a_pace(self) -> "RunConfig":
+        return self.model_copy(update={"rank": with_default_pace(self.rank, self.train.steps)})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

@@ -6,7 +6,8 @@ Trains the model of a config for a short while with decisions every few steps an
 What a decision costs is what the run itself writes into its events: what probed steps take more than the plain ones
 between, and measuring and deciding. With medians over the decisions and plain steps of the same run,
 
-    share of training time = seconds of a decision / (rank.check_every · seconds of a plain step)
+    share of training time = decisions of the config's run · seconds of a decision
+                             / (train.steps · seconds of a plain step)
 """
 
 import argparse
@@ -18,7 +19,7 @@ from model.config import factored_projections
 from pretrain.config import RunConfig, load_config, parse_config
 from pretrain.config_file import merge
 from pretrain.errors import ConfigError, run_command
-from pretrain.policies import RankConfig
+from pretrain.policies import RankConfig, check_due, with_default_pace
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.run_folder import JsonLines, git_revision, installed_versions, json_text, replace_text
 from pretrain.tokenizer import Tokenizer
@@ -36,11 +37,12 @@ def main() -> None:
     if not factored_projections(base.model):
         raise ConfigError("there is nothing to probe in a dense model: set model.parametrization=factored")
     vocabulary = Tokenizer(base.data.tokenizer).vocabulary
-    interval = base.rank.check_every
+    pace = with_default_pace(base.rank.model_copy(update={"policy": "gradient"}), base.train.steps)
+    decisions = sum(check_due(step, pace) for step in range(base.train.steps))
     steps = CHECK_EVERY * (WARM_UP_DECISIONS + arguments.decisions) + 1  # the last decision comes before a step
     config = parse_config(_settings(base, arguments.output / "run", steps)).with_vocabulary(vocabulary)
     train(config, threads=arguments.threads)
-    found = costs(arguments.output / "run", interval)
+    found = costs(arguments.output / "run", decisions / base.train.steps)
     facts = {
         **found,
         "rank": config.rank.initial,
@@ -57,7 +59,7 @@ def main() -> None:
     print(
         f"plain step {found['plain_step_seconds']:.4f} s (± {found['plain_step_spread_seconds']:.4f}), decision "
         f"{found['decision_seconds']:.4f} s (± {found['decision_spread_seconds']:.4f}; medians, {found['decisions']} "
-        f"decisions)\nwith rank.check_every {interval}: "
+        f"decisions)\nwith {decisions} decisions in {base.train.steps} steps: "
         f"{100.0 * found['share_of_training_time']:.2f} % of training time"
     )
 
@@ -74,6 +76,7 @@ def _settings(base: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
         quantum=base.rank.quantum,
         probe=base.rank.probe,
         check_every=CHECK_EVERY,
+        stop_step=steps,
         budget=min((spent + 1) / dense, 1.0),  # of which less than one direction is left
     ).model_dump(mode="json")
     changes = {
@@ -85,8 +88,8 @@ def _settings(base: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
     return merge(content, changes)
 
 
-def costs(folder: Path, interval: int) -> dict[str, Any]:
-    """Medians of a run in `folder`, and the share of training time with a decision every `interval` steps."""
+def costs(folder: Path, decisions_a_step: float) -> dict[str, Any]:
+    """Medians of a run in `folder`, and the share of training time with so many decisions a step."""
     first = CHECK_EVERY * WARM_UP_DECISIONS
     seconds = {line["step"]: line["step_seconds"] for line in JsonLines(folder / "metrics.jsonl").read()}
     # A decision after step n was measured in the steps that lead to n.
@@ -103,8 +106,8 @@ def costs(folder: Path, interval: int) -> dict[str, Any]:
         "decision_seconds": decision,
         "decision_spread_seconds": statistics.stdev(decisions),
         "decisions": len(decisions),
-        "check_every": interval,
-        "share_of_training_time": decision / (interval * plain_step),
+        "decisions_a_step": decisions_a_step,
+        "share_of_training_time": decisions_a_step * decision / plain_step,
     }
 
 

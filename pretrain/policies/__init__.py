@@ -13,10 +13,12 @@ from pretrain.policies.policy import (
     Policy,
     RankConfig,
     RankEvent,
+    check_due,
     decide_ranks,
     limit_growth,
     rank_cap,
     truncated_ranks,
+    with_default_pace,
 )
 from pretrain.policies.scheduled import ScheduledPolicy, check_events
 
@@ -27,12 +29,14 @@ __all__ = [
     "RankEvent",
     "affordable_parameters",
     "build_policy",
+    "check_due",
     "check_rank_config",
     "check_start_ranks",
     "decide_ranks",
     "limit_growth",
     "rank_cap",
     "truncated_ranks",
+    "with_default_pace",
 ]
 
 
@@ -73,6 +77,11 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
         )
     if rank.policy == "schedule":
         check_events(rank, factored, steps)
+    elif rank.policy != "fixed" and not any(check_due(step, rank) for step in range(1, steps)):
+        raise ValueError(
+            f"rank.policy={rank.policy} decides every {rank.check_every} steps from {rank.start_step} to "
+            f"{rank.stop_step}, and so never in a run of {steps}: lower rank.check_every or raise rank.stop_step"
+        )
     if rank.truncate and rank.policy not in ("excess_explained_ratio", "gradient"):
         raise ValueError(
             f"rank.truncate {rank.truncate:g} is for policies that look at what was learned, and rank.policy is "

@@ -27,6 +27,10 @@ _LEARNED = 1e-6
 """A direction below this share of the largest singular value has not begun to learn."""
 
 
+SHORTEST_DEFAULT_INTERVAL = 50
+"""Steps between two decisions, where `rank.check_every` leaves it to us."""
+
+
 class RankEvent(BaseModel):
     """One line of a growth schedule."""
 
@@ -46,9 +50,15 @@ class RankConfig(BaseModel):
     )
     initial: int = Field(64, ge=1, description="rank of every factored layer at the start")
     quantum: int = Field(16, ge=1, description="grown ranks are multiples of it")
-    check_every: int = Field(200, ge=1, description="steps between two decisions of a measuring policy")
+    check_every: int = Field(
+        0,
+        ge=0,
+        description="steps between two decisions of a measuring policy; 0: a fortieth of train.steps, at least 50",
+    )
     start_step: int = Field(0, ge=0, description="no growth before it")
-    stop_step: int | None = Field(None, ge=0, description="no growth after it; none: until the end")
+    stop_step: int | None = Field(
+        None, ge=0, description="no growth after it; none: a quarter of train.steps after start_step"
+    )
     events: tuple[RankEvent, ...] = Field((), description="steps and ranks, for policy schedule")
     buffer: int = Field(16, ge=2, description="directions beyond the used rank, for the explained-ratio policies")
     threshold: float = Field(
@@ -104,6 +114,16 @@ class Policy(Protocol):
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         """The rank wanted for each layer that should grow, by `Projection.name`, before any limit, the most urgent
         layer first; `room`: parameters that the budget leaves for new directions."""
+
+
+def with_default_pace(rank: RankConfig, steps: int) -> RankConfig:
+    """The settings of a measuring policy with its pace filled in: the one that did best in the race (docs/results.md),
+    and no shorter between two decisions than keeps their cost under half a percent (docs/lab-notes.md)."""
+    if rank.policy in ("fixed", "schedule"):
+        return rank
+    every = rank.check_every or max(SHORTEST_DEFAULT_INTERVAL, steps // 40)
+    stop = rank.start_step + steps // 4 if rank.stop_step is None else rank.stop_step
+    return rank.model_copy(update={"check_every": every, "stop_step": stop})
 
 
 def in_growth_window(step: int, rank: RankConfig) -> bool:

@@ -16,6 +16,7 @@ from pretrain.policies import (
     limit_growth,
     rank_cap,
     truncated_ranks,
+    with_default_pace,
 )
 from pretrain.policies.excess_explained_ratio import ROUNDING, used_rank
 from pretrain.policies.explained_ratio import explained_ratio, explaining_rank, untrained_ranks
@@ -151,11 +152,15 @@ MODEL = ModelConfig(layers=1, hidden=64, heads=4, ffn=192, family="gpt2")  # pro
         ({"policy": "gradient", "initial": 16, "probe": 8}, "fewer directions than one rank.quantum 16"),
         ({"policy": "gradient", "initial": 16, "check_every": 2}, "rank.check_every 2 leaves no 3 steps"),
         ({"policy": "gradient", "initial": 16, "start_step": 2}, "rank.start_step 2 leaves no 3 steps"),
+        (
+            {"policy": "excess_explained_ratio", "initial": 16, "check_every": 300},
+            "decides every 300 steps from 0 to 250, and so never in a run of 1000",
+        ),
     ],
 )
 def test_rank_settings_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=r"rank\.") as refused:
-        check_rank_config(RankConfig(**settings), factored_projections(MODEL), 100)
+        check_rank_config(with_default_pace(RankConfig(**settings), 1000), factored_projections(MODEL), 1000)
     assert words in str(refused.value)
 
 
@@ -178,6 +183,16 @@ def test_events_that_cannot_happen_are_refused(events, words):
     with pytest.raises(ValueError, match=r"rank\.events") as refused:
         check_rank_config(rank, factored_projections(MODEL), 40)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(400, 50), (2000, 50), (40_000, 1000)])
+def test_measuring_policies_decide_in_the_first_quarter_of_a_run(steps, every):
+    rank = with_default_pace(RankConfig(policy="gradient", start_step=100), steps)
+    decisions = [step for step in range(steps) if build_policy(rank, steps).due(step)]
+    assert decisions == list(range(100, 100 + steps // 4 + 1, every))
+    given = RankConfig(policy="gradient", check_every=7, stop_step=9)
+    assert with_default_pace(given, steps) == given
+    assert with_default_pace(RankConfig(policy="schedule"), steps) == RankConfig(policy="schedule")
 
 
 def test_dense_models_have_nothing_to_grow():
@@ -291,7 +306,9 @@ def test_budget_in_parameters_and_in_flops_of_the_whole_run():
 
 def test_what_truncation_frees_is_granted_once():
     """A layer that is cut does not grow at once, so all layers together keep to the budget."""
-    rank = RankConfig(policy="gradient", initial=16, quantum=4, probe=8, truncate=0.01, budget=1.0, stop_step=100)
+    rank = RankConfig(
+        policy="gradient", initial=16, quantum=4, probe=8, truncate=0.01, budget=1.0, check_every=10, stop_step=100
+    )
     steep = LayerMeasurement(WIDE, 16, np.array([1.0] * 4 + [1e-3] * 12), np.ones(32), np.ones(8))
     flat = LayerMeasurement(SQUARE, 16, np.ones(16), np.ones(32), np.ones(8))
     policy = build_policy(rank, 100)
@@ -304,11 +321,11 @@ def test_what_truncation_frees_is_granted_once():
 
 def test_the_ranks_of_a_start_are_checked_one_by_one():
     parts, ranks = [WIDE, SQUARE], {"wide": 8, "square": 24}
-    check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, budget=0.5), parts, ranks)
+    check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, check_every=10, budget=0.5), parts, ranks)
     with pytest.raises(ValueError, match="rank 8 to 24 starts with 5,120"):
-        check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, budget=0.3), parts, ranks)
+        check_start_ranks(RankConfig(policy="gradient", initial=8, quantum=8, check_every=10, budget=0.3), parts, ranks)
     with pytest.raises(ValueError, match=r"rank\.probe 41 is wider than what rank 24 leaves of square"):
-        check_start_ranks(RankConfig(policy="gradient", initial=8, probe=41), parts, ranks)
+        check_start_ranks(RankConfig(policy="gradient", initial=8, check_every=10, probe=41), parts, ranks)
     with pytest.raises(ValueError, match=r"rank\.quantum 32 is more than twice the rank 8 of wide"):
         check_start_ranks(RankConfig(policy="schedule", initial=8, quantum=32), parts, ranks)
     with pytest.raises(ValueError, match="8 - 16 leaves none of wide"):

@@ -166,7 +166,7 @@ def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_explained_ratio_grows_by_its_spectra_and_reports_its_null(corpus: Path, tmp_path: Path) -> None:
-    rank = {"policy": "explained_ratio", "initial": 8, "buffer": 4, "check_every": 3, "events": []}
+    rank = {"policy": "explained_ratio", "initial": 8, "buffer": 4, "check_every": 3, "stop_step": 12, "events": []}
     folder = _train(corpus, tmp_path / "run", 2, "parallel.tensor=2", rank=rank)
     assert [event["step"] for event in _events(folder, "null")] == [0]
     assert curve(folder)[-1]["mean_rank"] > 8
@@ -188,7 +188,7 @@ def test_what_was_measured_decides_alike_on_every_layout(
     corpus: Path, tmp_path: Path, policy: str, family: str
 ) -> None:
     """One process, tensor parallel, data parallel with accumulation: the same ranks, within the budget."""
-    rank = {"policy": policy, "events": [], "check_every": 4, **MEASURED[policy]}
+    rank = {"policy": policy, "events": [], "check_every": 4, "stop_step": 12, **MEASURED[policy]}
     sections = {"model": {"family": family}, "rank": rank, "checkpoint": {"every": 12}}
     curves, states = [], []
     for number, (processes, overrides) in enumerate(
@@ -248,6 +248,7 @@ GRADIENT = {
     "rank.policy": "gradient",
     "rank.events": [],
     "rank.check_every": 4,
+    "rank.stop_step": 12,
     "rank.probe": 4,
     "rank.budget": 0.9,
     "rank.truncate": 0.001,

@@ -19,7 +19,7 @@ def test_cost_is_what_the_decisions_of_the_run_took(tmp_path: Path) -> None:
         metrics.append({"step": step, "step_seconds": 9.0 if warm_up else 8.0 if -step % CHECK_EVERY < 3 else 1.0})
         if step % CHECK_EVERY == 0:
             events.append({"step": step, "event": "decision", "seconds": 9.0 if warm_up else 0.5})
-    found = costs(tmp_path, 100)
+    found = costs(tmp_path, 1 / 100)
     assert (found["plain_step_seconds"], found["decision_seconds"]) == (1.0, 0.5)
     assert found["decisions"] == 2
     assert found["share_of_training_time"] == pytest.approx(0.5 / 100)
