@@ -63,14 +63,14 @@ def _lines(
     yield (
         "Validation loss in nats a token at the end (mean ± standard deviation over the seeds, if there are several). "
         "*vs dense* and *vs control*: difference of the loss over the seeds that both have; the control is the fixed "
-        "rank of the same budget. Parameters and FLOPs are shares of the dense model's, FLOPs of the same number of "
-        "tokens: of the linear layers of the blocks, and of the whole model."
+        "rank of the same budget. Tokens, parameters and FLOPs are shares of the dense run's; FLOPs those of the linear "
+        "layers of the blocks, and of the whole model."
     )
     yield ""
     yield from _table(
         [
             *("method", "learning rate", "seeds", "loss", "vs dense", "vs control"),
-            *("block parameters", "block FLOPs", "all FLOPs", "mean rank"),
+            *("tokens", "block parameters", "block FLOPs", "all FLOPs", "mean rank"),
         ],
         [_size_row(race, entries, entry) for entry in entries.values()],
     )
@@ -115,16 +115,12 @@ def _origin(content: Mapping[str, Any]) -> Iterator[str]:
 def _size_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> list[str]:
     dense, control = _against(race, entries, entry), entries.get(entry.method.control or "")
     last, run = entry.first.record["ranks"][-1], entry.first.record
-    shares = [_NONE, _NONE, _NONE]
+    shares = [_NONE] * 4
     if dense is not None and run["validation"]:
-        of_dense = dense.first.record["ranks"][-1]
-        point, tokens = run["validation"][-1], dense.first.record["validation"][-1]
-        scale = tokens["tokens"] / point["tokens"]
-        shares = [
-            _percent(last["linear_parameters"] / of_dense["linear_parameters"]),
-            _percent(point["linear_flops"] / tokens["linear_flops"] * scale),
-            _percent(point["flops"] / tokens["flops"] * scale),
-        ]
+        parameters = last["linear_parameters"] / dense.first.record["ranks"][-1]["linear_parameters"]
+        spent, dense_spent = run["validation"][-1], dense.first.record["validation"][-1]
+        tokens, block_flops, flops = (spent[what] / dense_spent[what] for what in ("tokens", "linear_flops", "flops"))
+        shares = [_percent(share) for share in (tokens, parameters, block_flops, flops)]
     return [
         entry.method.title,
         f"{entry.rate:g}",
