@@ -50,11 +50,14 @@ def _pseudo_inverse(gram: Tensor) -> Tensor:
 
 def orthonormal(columns: Tensor, sharded: bool) -> Tensor:
     """An orthonormal basis of the span of `columns (size/tp, k)`, in fp64; where it has fewer than k dimensions the
-    rest is zero. A collective."""
+    rest is zero. A collective of all processes: eigenvectors may come in another sign or order on another processor,
+    and those of process 0 count."""
     local = columns.double()
     values, vectors = torch.linalg.eigh(summed(local.t() @ local, sharded))
     known = values > _NEGLIGIBLE * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    return local @ (vectors * torch.where(known, values.clamp_min(0.0).rsqrt(), 0.0))
+    transform = vectors * torch.where(known, values.clamp_min(0.0).rsqrt(), 0.0)
+    dist.broadcast(transform, src=0)
+    return local @ transform
 
 
 def in_order_orthonormal(columns: Tensor, sharded: bool) -> Tensor:

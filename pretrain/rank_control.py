@@ -152,10 +152,11 @@ class RankControl:
         return float(flops)
 
     def _extra_seconds(self) -> float:
-        """What probed steps took more since the last decision than the plain ones between; 0 without either."""
+        """What probed steps took more since the last decision than the plain ones between, by medians, since steps have
+        outliers of their own; 0 without either."""
         plain, probed = self._plain_seconds, self._probed_seconds
         self._plain_seconds, self._probed_seconds = [], []
-        return sum(probed) - len(probed) * statistics.median(plain) if plain else 0.0
+        return len(probed) * (statistics.median(probed) - statistics.median(plain)) if plain and probed else 0.0
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

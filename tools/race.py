@@ -1,13 +1,14 @@
 """Compares methods of training the same model on the same text, each with its own tuned learning rate.
 
-    python tools/race.py --config configs/race/small.yaml --text books.jsonl.xz peps.jsonl.xz --work FOLDER
+    python tools/race.py --config configs/race/small.yaml [--text books.jsonl.xz peps.jsonl.xz] [--work FOLDER]
     python tools/race.py --config FILE --list                      (what is recorded, what is due, how long it takes)
-    python tools/race.py --config FILE --work FOLDER --only dense fixed_48
-    python tools/race.py --config FILE --work FOLDER --speed       (step times, on a machine that is idle)
+    python tools/race.py --config FILE --only dense fixed_48
+    python tools/race.py --config FILE --speed                     (step times, on a machine that is idle)
     python tools/race.py --config FILE --report                    (tables and curves, beside the results)
 
-Runs go through the ordinary training command, one after the other or `--jobs` at a time. Interrupted at any moment, the
-same command goes on: finished runs are in the file of results, a begun one continues from its checkpoint.
+Texts and runs lie in `runs/race/NAME` unless --work says otherwise. Runs go through the ordinary training command, one
+after the other or `--jobs` at a time. Interrupted at any moment, the same command goes on: finished runs are in the
+file of results, a begun one continues from its checkpoint.
 """
 
 import argparse
@@ -48,10 +49,8 @@ def main() -> None:
     if arguments.report:
         write_report(race, results)
         return
-    if arguments.work is None:
-        raise ConfigError("--work is missing: name the folder for texts and runs")
-    work = arguments.work.absolute()
-    runner = Runner(work, prepare_text(race.text, arguments.text, work))
+    work = (arguments.work or Path("runs", "race", arguments.config.stem)).absolute()
+    runner = Runner(work, prepare_text(race.text, arguments.text or race.text.files, work))
     stop_on_signals(runner)
     if arguments.speed:
         measure(race, results, runner)
@@ -164,8 +163,8 @@ def _step_seconds(method: str, records: Mapping[str, Mapping[str, Any]]) -> floa
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compares methods of training the same model on the same text.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the race")
-    parser.add_argument("--text", nargs="+", default=[], help="files of the text, needed once")
-    parser.add_argument("--work", type=Path, help="folder for texts and runs")
+    parser.add_argument("--text", nargs="+", default=[], help="files of the text, needed once (text.files)")
+    parser.add_argument("--work", type=Path, help="folder for texts and runs (runs/race/NAME)")
     parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, help="raw figures (docs/results.json)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run these methods alone")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")

@@ -33,6 +33,7 @@ class _Section(BaseModel):
 class TextConfig(_Section):
     """What is read, and what is held out for validation."""
 
+    files: tuple[str, ...] = Field((), description="where the text is, unless --text says so")
     held_out: tuple[str, ...] = Field(min_length=1, description="documents whose `source` begins with one of these")
     vocabulary: int = Field(1024, description="tokens of the tokenizer, trained on the training text alone")
 

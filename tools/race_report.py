@@ -62,9 +62,9 @@ def _lines(
     yield ""
     yield (
         "Validation loss in nats a token at the end (mean ± standard deviation over the seeds, if there are several). "
-        "*vs dense* and *vs control*: difference of the loss over the seeds that both have; the control is the fixed "
-        "rank of the same budget. Tokens, parameters and FLOPs are shares of the dense run's; FLOPs those of the linear "
-        "layers of the blocks, and of the whole model."
+        "*vs dense* and *vs control*: difference of the loss over the seeds that both have; the control, named behind "
+        "it, is the fixed rank of the same budget, or what differs in one thing alone. Tokens, parameters "
+        "and FLOPs are shares of the dense run's, FLOPs of the linear layers of the blocks, and of the whole model."
     )
     yield ""
     yield from _table(
@@ -109,6 +109,8 @@ def _origin(content: Mapping[str, Any]) -> Iterator[str]:
         ("Revisions", [record["commit"][:12] for record in records]),
     ):
         yield f"- {what}: {'; '.join(dict.fromkeys(values))}"
+    hours = sum((run["step_seconds"] or 0.0) * run["steps"] for run in content["runs"].values()) / 3600.0
+    yield f"- Runs: {len(content['runs'])}, {hours:.1f} hours of one thread, several at a time on a shared machine"
     yield ""
 
 
@@ -127,7 +129,7 @@ def _size_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> l
         ", ".join(map(str, entry.curves)),
         _loss_text(list(entry.losses().values())),
         _difference(entry, dense),
-        _difference(entry, control),
+        _difference(entry, control) + (f" ({control.method.title})" if control is not None else ""),
         *shares,
         _NONE if last["mean_rank"] is None else f"{last['mean_rank']:.1f}",
     ]

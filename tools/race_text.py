@@ -39,7 +39,7 @@ def prepare_text(config: TextConfig, inputs: Sequence[str], work: Path) -> Text:
     training, held_out = work / "text" / "train.jsonl", work / "text" / "held_out.jsonl"
     if not training.is_file() or not held_out.is_file():
         if not inputs:
-            raise DataError(f"{work} holds no text yet: name the files with --text")
+            raise DataError(f"{work} holds no text yet: name the files with --text, or in the config with text.files")
         split_text(config, inputs, training, held_out)
     if not tokenizer.is_file():
         write_tokenizer(train_tokenizer([training], vocabulary=config.vocabulary), tokenizer)

@@ -4,8 +4,9 @@ With s the singular values of D = B·A - B₀·A₀, the update uses
 
     used = min { k : Σ_{i≤k} s_i² ≥ threshold · Σ_i s_i² }
 
-directions. D has up to 2·rank of them, since B₀ δA and δB A₀ both count. A layer's rank is used up when used ≥ rank,
-and then it grows to used + `rank.buffer`.
+directions. D of a factored layer has up to 2·rank of them, since B₀ δA and δB A₀ both count; D of an additive one is
+B·A itself, has up to rank, and so each of its directions counts twice. A layer's rank is used up when that count is no
+less than the rank, and then it grows to the count + `rank.buffer`.
 
 **Its null is zero.** On factors that were never trained D is nothing but rounding: singular values at or below
 `ROUNDING` times the largest of the product are taken for that, so `used` is 0 and nothing grows, whatever the
@@ -30,8 +31,13 @@ def used_rank(layer: LayerMeasurement, threshold: float) -> int:
     return energy_rank(layer.update_values[layer.update_values > floor], threshold)
 
 
+def used_up(layer: LayerMeasurement, threshold: float) -> int:
+    """The rank that the update uses up: half of the directions that it can have are all of the rank."""
+    return used_rank(layer, threshold) * (2 if layer.projection.additive else 1)
+
+
 class ExcessExplainedRatioPolicy:
-    """Grows the layers whose update uses every direction they have, the fullest first."""
+    """Grows the layers whose update uses their rank up, the fullest first."""
 
     needs: frozenset[Measured] = frozenset({"product", "update"})
 
@@ -42,7 +48,7 @@ class ExcessExplainedRatioPolicy:
         return check_due(step, self._rank)
 
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
-        used = {layer.projection.name: used_rank(layer, self._rank.threshold) for layer in layers}
+        used = {layer.projection.name: used_up(layer, self._rank.threshold) for layer in layers}
         full = [layer for layer in layers if used[layer.projection.name] >= layer.rank]
         full.sort(key=lambda layer: used[layer.projection.name] / layer.rank, reverse=True)
         return {layer.projection.name: used[layer.projection.name] + self._rank.buffer for layer in full}

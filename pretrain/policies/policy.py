@@ -27,8 +27,11 @@ _LEARNED = 1e-6
 """A direction below this share of the largest singular value has not begun to learn."""
 
 
-SHORTEST_DEFAULT_INTERVAL = 50
-"""Steps between two decisions, where `rank.check_every` leaves it to us."""
+MOST_DEFAULT_DECISIONS = 10
+STEPS_PER_DEFAULT_DECISION = 200
+SHORTEST_DEFAULT_INTERVAL = 10
+"""A run decides ten times at most, once in 200 of its steps, and not twice within ten steps, where `rank.check_every`
+leaves it to us."""
 
 
 class RankEvent(BaseModel):
@@ -53,7 +56,7 @@ class RankConfig(BaseModel):
     check_every: int = Field(
         0,
         ge=0,
-        description="steps between two decisions of a measuring policy; 0: a fortieth of train.steps, at least 50",
+        description="steps between two decisions of a measuring policy; 0: ten decisions, in short runs fewer",
     )
     start_step: int = Field(0, ge=0, description="no growth before it")
     stop_step: int | None = Field(
@@ -117,13 +120,24 @@ class Policy(Protocol):
 
 
 def with_default_pace(rank: RankConfig, steps: int) -> RankConfig:
-    """The settings of a measuring policy with its pace filled in: the one that did best in the race (docs/results.md),
-    and no shorter between two decisions than keeps their cost under half a percent (docs/lab-notes.md)."""
+    """The settings of a measuring policy with its pace filled in.
+
+    A quarter of the run for growth did better in the race than half of it (docs/results.md), and so few decisions in
+    all keep their cost under half a percent of the run, wherever growth stops (docs/lab-notes.md).
+    """
     if rank.policy in ("fixed", "schedule"):
         return rank
-    every = rank.check_every or max(SHORTEST_DEFAULT_INTERVAL, steps // 40)
     stop = rank.start_step + steps // 4 if rank.stop_step is None else rank.stop_step
+    every = rank.check_every or _default_interval(rank.start_step, min(stop, steps - 1), steps)
     return rank.model_copy(update={"check_every": every, "stop_step": stop})
+
+
+def _default_interval(start: int, stop: int, steps: int) -> int:
+    """Steps between decisions from `start` to `stop`; the first one is at `start`, unless that is 0."""
+    decisions = max(1, min(MOST_DEFAULT_DECISIONS, steps // STEPS_PER_DEFAULT_DECISION))
+    intervals = decisions - (1 if start > 0 else 0)
+    window = max(stop - start, 0)
+    return max(SHORTEST_DEFAULT_INTERVAL, math.ceil(window / intervals) if intervals else window + 1)
 
 
 def in_growth_window(step: int, rank: RankConfig) -> bool:

@@ -219,19 +219,21 @@ NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # a layout's own
 DENSE = {"policy": "fixed", "events": []}
 VARIANTS = [
     ("llama", "factored"),
-    *(pytest.param(variant, marks=pytest.mark.matrix) for variant in (("gpt2", "factored"), ("llama", "dense"))),
+    pytest.param(("gpt2", "factored"), marks=pytest.mark.matrix),
+    pytest.param(("gpt2", "additive"), marks=pytest.mark.matrix),
+    pytest.param(("llama", "dense"), marks=pytest.mark.matrix),
 ]
-LAYOUTS = [(2, 1, 2), (2, 2, 4), pytest.param((4, 4, 8), marks=pytest.mark.matrix)]
-"""Processes, tensor-parallel size, micro-batch."""
+LAYOUTS = [(2, 1, 2, 2), (2, 2, 4, 1), pytest.param((4, 4, 8, 2), marks=pytest.mark.matrix)]
+"""Processes, tensor-parallel size, micro-batch, ZeRO stage."""
 
 
-def _in_layout(corpus: Path, folder: Path, variant: tuple[str, str], layout: tuple[int, int, int]) -> Path:
-    (family, parametrization), (processes, tensor, micro_batch) = variant, layout
+def _in_layout(corpus: Path, folder: Path, variant: tuple[str, str], layout: tuple[int, int, int, int]) -> Path:
+    (family, parametrization), (processes, tensor, micro_batch, stage) = variant, layout
     sections: dict[str, dict[str, Any]] = {"model": {"family": family, "parametrization": parametrization}}
     sections["model"] |= NO_DROPOUT
     if parametrization == "dense":
         sections["rank"] = DENSE
-    overrides = [f"parallel.tensor={tensor}", f"train.micro_batch={micro_batch}"]
+    overrides = [f"parallel.tensor={tensor}", f"train.micro_batch={micro_batch}", f"deepspeed.stage={stage}"]
     return _train(corpus, folder, processes, *overrides, **sections)
 
 
@@ -243,7 +245,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     def of(*variant: str) -> Path:
         run_folder = folder / "_".join(variant)
         if not run_folder.exists():
-            _in_layout(corpus, run_folder, variant, (1, 1, 8))  # type: ignore[arg-type]
+            _in_layout(corpus, run_folder, variant, (1, 1, 8, 1))  # type: ignore[arg-type]
         return run_folder
 
     return of
@@ -252,7 +254,11 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 def test_every_layout_gives_the_same_masked_curve(
-    corpus: Path, tmp_path: Path, alone: Callable[..., Path], variant: tuple[str, str], layout: tuple[int, int, int]
+    corpus: Path,
+    tmp_path: Path,
+    alone: Callable[..., Path],
+    variant: tuple[str, str],
+    layout: tuple[int, int, int, int],
 ) -> None:
     """Losses and gradient norms of every step, and what is validated."""
     found, expected = _in_layout(corpus, tmp_path / "run", variant, layout), alone(*variant)

@@ -60,8 +60,8 @@ def _measured(config: ModelConfig, tensor_parallel: int) -> tuple[dict[str, Tens
             logits = model(tokens, positions_of(tokens), None)
         moved = max(moved, float((logits - plain).abs().max() / plain.abs().max()))
         same.append(list(map(id, model.parameters())) == parameters)
-        model(tokens, positions_of(tokens), None, labels=labels).mean().backward()
-        probe.collect(model, loss_scale=1.0)
+        (8.0 * model(tokens, positions_of(tokens), None, labels=labels).mean()).backward()
+        probe.collect(model, loss_scale=8.0)
     whole, layouts = probe.tensors(model), tensor_layouts(model)
     for name, demand in probe.demand(model).items():
         whole[f"energies/{name}"] = demand.energies
