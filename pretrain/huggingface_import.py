@@ -74,7 +74,10 @@ def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Pa
     try:
         config = dense_config(settings)
     except ValueError as error:
-        raise CheckpointError(f"{folder} cannot be imported: {error}") from error
+        raise CheckpointError(
+            f"{folder} cannot be imported: {error}: give a model of Llama or GPT-2 type, as "
+            "docs/adaptation.md describes it"
+        ) from error
     weights = _Weights(folder)
     tied = settings.get("tie_word_embeddings", config.tied_embeddings)
     weights.check(config, tied)
@@ -179,18 +182,20 @@ class _Weights:
             verb = "lacks" if name in expected else "holds"
             raise CheckpointError(
                 f"{self._folder} {verb} {name} ({len(odd)} such names), and its {SETTINGS_NAME} describes a model "
-                f"{'with' if name in expected else 'without'} it"
+                f"{'with' if name in expected else 'without'} it: give a folder whose files belong together"
             )
         for name, shape in expected.items():
             header = self._handles[name].get_slice(name)
             found, dtype = tuple(header.get_shape()), header.get_dtype()
             if found != shape:
                 raise CheckpointError(
-                    f"{self._folder} holds {name} as {found}, and its {SETTINGS_NAME} asks for {shape}"
+                    f"{self._folder} holds {name} as {found}, and its {SETTINGS_NAME} asks for {shape}: give a folder "
+                    "whose files belong together"
                 )
             if dtype not in _TYPES:
                 raise CheckpointError(
-                    f"{self._folder} holds {name} as {dtype}, and only {', '.join(_TYPES)} can be read"
+                    f"{self._folder} holds {name} as {dtype}, and only {', '.join(_TYPES)} can be read: save the model "
+                    "in one of them"
                 )
 
     def _unite_tied(self, config: ModelConfig, present: set[str]) -> None:
@@ -222,7 +227,7 @@ def _open(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
 
 
 def source_logits(folder: Path, tokens: Tensor) -> Tensor:

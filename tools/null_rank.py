@@ -1,11 +1,13 @@
 """Prints the rank every policy reaches on factors that were never trained: what a criterion finds in nothing.
 
-    python tools/null_rank.py [--json FILE] [--widths 64 128] [--seeds 1 2 3]
+    python tools/null_rank.py [--json FILE] [--widths 64 128] [--seeds 1 2 3] [--trained]
 
 A policy decides as in a run, one decision after the other, and what it grows is grown, but no optimizer takes a step.
 Its gradients come from real text (bytes of the standard library's source) and, once more, from the same text with its
-labels shuffled. Beside them stands the published rule of InRank-Efficient (arXiv 2306.11250) with its published
-settings: its code stops at the ranks its README reports for *trained* GPT-2 models.
+labels shuffled. `--trained` adds what the measuring policies reach when AdamW does train between decisions, on the text
+and on shuffled labels, in which there is nothing to learn but their frequencies. Beside them stands the published rule
+of InRank-Efficient (arXiv 2306.11250) with its published settings: its code stops at the ranks its README reports for
+*trained* GPT-2 models.
 """
 
 import argparse
@@ -37,9 +39,13 @@ from tools.documents import find_files, read_documents
 PUBLISHED = {768: ("GPT-2 small", 254), 1024: ("GPT-2 medium", 287)}
 """Width: the model and the rank its README reports."""
 
-DECISIONS = 40
+DECISIONS, TRAINED_DECISIONS = 40, 10
 """A policy that has not come to rest by then is reported with the rank it has."""
+CHECK_EVERY, TRAINED_CHECK_EVERY = 10, 40
+"""Steps between two decisions."""
+_LEARNING_RATE = 4e-3
 
+MEASURING = ("excess_explained_ratio", "gradient")
 POLICIES: dict[str, dict[str, Any]] = {
     "fixed": {},
     "schedule": {"events": (RankEvent(step=10, rank=16), RankEvent(step=20, rank=24))},
@@ -51,14 +57,15 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class NullRank:
-    """What one policy came to."""
+    """What one policy came to, without training or after some."""
 
     policy: str
     labels: str
+    trained: bool
     family: str
     width: int
     initial_rank: int
-    null_ranks: list[float]
+    ranks: list[float]
     """Mean over all layers, one a seed."""
     decisions: int
 
@@ -91,25 +98,33 @@ class Rest:
     """Of all layers and decisions; 0 for a policy that measures none."""
 
 
-def null_rank(policy: str, family: Family, width: int, seed: int, text: Tensor, shuffled: bool) -> Rest:
-    """Where a policy rests on one model; a process group of one must be there.
+def null_rank(
+    policy: str, family: Family, width: int, seed: int, text: Tensor, *, shuffled: bool, trained: bool = False
+) -> Rest:
+    """Where a policy rests on one model, or is after `DECISIONS`; a process group of one must be there.
 
-    `text (sequences, length + 1)`: token ids; `shuffled`: predict the same labels in another order.
+    `text (sequences, length + 1)`: token ids; `shuffled`: predict the same labels in another order; `trained`: take
+    AdamW's steps between decisions.
     """
     config = ModelConfig(
         family=family, layers=2, hidden=width, heads=4, sequence_length=text.shape[1] - 1, vocabulary=256
     )
-    common = {"policy": policy, "initial": 8, "quantum": 4, "check_every": 10}
+    decisions, every = (TRAINED_DECISIONS, TRAINED_CHECK_EVERY) if trained else (DECISIONS, CHECK_EVERY)
+    common = {"policy": policy, "initial": 8, "quantum": 4, "check_every": every}
     rank = RankConfig.model_validate(common | POLICIES[policy])
     factored = factored_projections(config)
     model = build_model(config, {projection.name: rank.initial for projection in factored}, seed=seed)
     factors = model.factored_layers().items()
     start = {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in factors}
-    decider, probe = build_policy(rank, DECISIONS * rank.check_every), GradientProbe(rank.probe, seed)
-    decision, largest_demand = 0, 0.0
-    while decision < DECISIONS:
+    decider, probe = build_policy(rank, decisions * every), GradientProbe(rank.probe, seed)
+    decision, largest_demand, adam = 0, 0.0, _adam(model)
+    while decision < decisions:
         decision += 1
-        step = decision * rank.check_every
+        step = decision * every
+        for training_step in range(step - every, step) if trained else ():
+            adam.zero_grad()
+            _loss(model, text, training_step, seed, shuffled).backward()
+            adam.step()
         if not decider.due(step):
             continue
         for left in range(PROBED_STEPS, 0, -1) if "demand" in decider.needs else ():
@@ -121,13 +136,18 @@ def null_rank(policy: str, family: Family, width: int, seed: int, text: Tensor, 
         )
         layers = layer_measurements(model, measured)
         largest_demand = max(largest_demand, *(float(layer.demand[:1].sum()) for layer in layers))
-        affordable = affordable_parameters(rank, factored, model.ranks(), [], step, DECISIONS * rank.check_every)
+        affordable = affordable_parameters(rank, factored, model.ranks(), [], step, decisions * every)
         grown = decide_ranks(decider, rank, step, layers, affordable)
-        if not grown:
+        if not grown and not trained:
             break
         for name, new_rank in grown.items():
             _grow(model, name, new_rank, step, seed)
+        adam = _adam(model) if grown else adam
     return Rest(_mean_rank(model), decision, largest_demand)
+
+
+def _adam(model: EspalierModel) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def _loss(model: EspalierModel, text: Tensor, step: int, seed: int, shuffled: bool) -> Tensor:
@@ -164,23 +184,20 @@ def text_of_the_standard_library(length: int, sequences: int) -> Tensor:
     return torch.tensor(np.stack([np.frombuffer(source, np.uint8, length + 1, start) for start in starts])).long()
 
 
-def all_null_ranks(widths: Sequence[int], seeds: Sequence[int]) -> list[NullRank]:
-    """Every policy, both families, all widths and seeds."""
+def all_null_ranks(widths: Sequence[int], seeds: Sequence[int], trained: bool) -> list[NullRank]:
+    """Every policy, both families, all widths and seeds; with `trained` the measuring ones once more on what training
+    makes of factors."""
     text = text_of_the_standard_library(32, 256)
     families: tuple[Family, ...] = ("llama", "gpt2")
-    cases = [
-        (policy, shuffled, family, width)
-        for policy in POLICIES
-        for shuffled in ((False, True) if policy == "gradient" else (False,))
-        for family in families
-        for width in widths
-    ]
+    kinds = [(policy, False, False) for policy in POLICIES] + [("gradient", True, False)]
+    if trained:
+        kinds += [(policy, shuffled, True) for policy in MEASURING for shuffled in (False, True)]
+    cases = [(*kind, family, width) for kind in kinds for family in families for width in widths]
     rows = []
-    for policy, shuffled, family, width in tqdm(cases, unit="case", disable=not sys.stderr.isatty()):
-        found = [null_rank(policy, family, width, seed, text, shuffled) for seed in seeds]
-        labels = "shuffled" if shuffled else "text"
+    for policy, shuffled, train, family, width in tqdm(cases, unit="case", disable=not sys.stderr.isatty()):
+        found = [null_rank(policy, family, width, seed, text, shuffled=shuffled, trained=train) for seed in seeds]
         ranks, decisions = [rest.mean_rank for rest in found], max(rest.decisions for rest in found)
-        rows.append(NullRank(policy, labels, family, width, 8, ranks, decisions))
+        rows.append(NullRank(policy, "shuffled" if shuffled else "text", train, family, width, 8, ranks, decisions))
     return rows
 
 
@@ -189,6 +206,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same rows there")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="hidden sizes, multiples of 8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--trained", action="store_true", help="also after training, on text and on shuffled labels")
     arguments = parser.parse_args()
     if odd := [width for width in arguments.widths if width < 64 or width % 8]:
         raise ConfigError(f"--widths holds {odd[0]}, and a width is a multiple of 8 and at least 64: change it")
@@ -197,12 +215,12 @@ def main() -> None:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {arguments.json} lies in no folder: make it, or name another")
     with single_process():
-        rows = all_null_ranks(arguments.widths, arguments.seeds)
+        rows = all_null_ranks(arguments.widths, arguments.seeds, arguments.trained)
     published = {width: [published_null(width, seed) for seed in arguments.seeds] for width in PUBLISHED}
-    print(f"{'policy':24}{'labels':10}{'family':8}{'width':>6}{'start':>7}  null rank by seed")
+    print(f"{'policy':24}{'labels':10}{'steps':>6}  {'family':8}{'width':>6}{'start':>7}  rank by seed")
     for row in rows:
-        shown = " ".join(f"{rank:g}" for rank in row.null_ranks)
-        print(f"{row.policy:24}{row.labels:10}{row.family:8}{row.width:6}{row.initial_rank:7}  {shown}")
+        shown, steps = " ".join(f"{rank:g}" for rank in row.ranks), row.decisions * TRAINED_CHECK_EVERY * row.trained
+        print(f"{row.policy:24}{row.labels:10}{steps:6}  {row.family:8}{row.width:6}{row.initial_rank:7}  {shown}")
     print("\nthe published rule (rank 2, buffer 100, threshold 0.9, the published initialization)")
     for width, found in published.items():
         name, reported = PUBLISHED[width]

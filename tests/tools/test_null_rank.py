@@ -28,7 +28,7 @@ def _null_ranks(policy: str, family: Family, shuffled: bool) -> list[tuple[int, 
     found = []
     for width in (64, 96):
         for seed in (1, 2, 3):
-            null = null_rank(policy, family, width, seed, text, shuffled)
+            null = null_rank(policy, family, width, seed, text, shuffled=shuffled)
             found.append((width, seed, null.mean_rank, null.largest_demand))
     return found
 
@@ -93,6 +93,18 @@ def test_null_of_the_published_criterion_is_the_published_rank() -> None:
     """Untrained factors of GPT-2 small's MLP, set up and checked as in the code of InRank-Efficient: its README reports
     254 for the trained network."""
     assert abs(published_null(768, seed=0) - 254) <= 3
+
+
+def _ranks_after_training(shuffled: bool) -> float:
+    initialize_process_groups(1)
+    text = text_of_the_standard_library(32, 256)
+    return null_rank("gradient", "llama", 64, 1, text, shuffled=shuffled, trained=True).mean_rank
+
+
+def test_training_on_text_makes_ranks_grow_and_on_shuffled_labels_far_less() -> None:
+    """The null is no refusal to grow: the same policy asks for rank where there is something to learn."""
+    text, shuffled = run(_ranks_after_training, 1, False)[0], run(_ranks_after_training, 1, True)[0]
+    assert text - 8 > 3 * (shuffled - 8)
 
 
 @pytest.mark.slow
