@@ -41,7 +41,9 @@ def prepare_text(config: TextConfig, inputs: Sequence[str], work: Path) -> Text:
         if not inputs:
             raise DataError(f"{work} holds no text yet: name the files with --text, or in the config with text.files")
         if absent := [name for name in inputs if not Path(name).exists()]:
-            raise DataError(f"the text of the race is not in {absent[0]}: say where it is with --text, or with text.files")
+            raise DataError(
+                f"the text of the race is not in {absent[0]}: say where it is with --text, or with text.files"
+            )
         split_text(config, inputs, training, held_out)
     if not tokenizer.is_file():
         write_tokenizer(train_tokenizer([training], vocabulary=config.vocabulary), tokenizer)
