@@ -80,7 +80,7 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
     elif rank.policy != "fixed" and not any(check_due(step, rank) for step in range(1, steps)):
         raise ValueError(
             f"rank.policy={rank.policy} decides every {rank.check_every} steps from {rank.start_step} to "
-            f"{rank.stop_step}, and so never in a run of {steps}: set a lower rank.check_every or a later rank.stop_step"
+            f"{rank.stop_step}, and so never in a run of {steps}: set a lower rank.check_every or raise rank.stop_step"
         )
     if rank.truncate and rank.policy not in ("excess_explained_ratio", "gradient"):
         raise ValueError(

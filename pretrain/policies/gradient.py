@@ -11,11 +11,11 @@ divided evenly over the decisions left until `rank.stop_step`. The last one may 
 that dear layers get their turn too; the later shares are smaller for it. Without a budget every layer with a demand
 gets one quantum.
 
-A layer takes part only if its update uses half of its rank (`used_rank` of the cumulative update): half of the directions
-that an additive layer can have, a quarter of those of a factored one. That is the null of this policy: energy outside
-the span is 1 - rank/in on untrained factors whatever the labels, and agreement alone does not tell learning either,
-since every batch agrees about the frequencies of the labels. Comparing with shuffled labels on the spot does not help:
-a trained model meets them with a gradient that is orders of magnitude larger (docs/lab-notes.md).
+A layer takes part only if its update uses half of its rank (`used_rank` of the cumulative update): half of the
+directions that an additive layer can have, a quarter of those of a factored one. That is the null of this policy:
+energy outside the span is 1 - rank/in on untrained factors whatever the labels, and agreement alone does not tell
+learning either, since every batch agrees about the frequencies of the labels. Comparing with shuffled labels on the
+spot does not help: a trained model meets them with a gradient that is orders of magnitude larger (docs/lab-notes.md).
 """
 
 import heapq
