@@ -42,10 +42,11 @@ def _groups(race: RaceConfig) -> list[str]:
 
 
 def _of_group(race: RaceConfig, entries: Mapping[str, Entry], group: str) -> dict[str, Entry]:
-    """The methods of a group, behind the dense ones that they are measured against."""
+    """The methods of a group, behind the dense ones that they are measured against and their controls."""
     members = [entry for entry in entries.values() if entry.method.group == group]
-    against = dict.fromkeys(entry.method.against or race.baseline for entry in members)
-    chosen = [entries[name] for name in against if name in entries]
+    others = [entry.method.against or race.baseline for entry in members]
+    others += [entry.method.control for entry in members if entry.method.control is not None]
+    chosen = [entries[name] for name in dict.fromkeys(others) if name in entries]
     return {entry.name: entry for entry in [*chosen, *members]}
 
 
