@@ -24,7 +24,7 @@ from pretrain.run_folder import CONFIG_FILE, JsonLines, installed_versions, json
 
 FORMAT = 1
 _STEP_KEYS = {"validation": "step", "ranks": "first_step", "layer_ranks": "step", "events": "step"}
-_OWN_ENTRIES = ("validation", "checkpoint")
+_OWN_ENTRIES = ("validation", "checkpoint", "resume")
 """Events that a record keeps as something else, or not at all."""
 
 
