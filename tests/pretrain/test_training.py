@@ -295,7 +295,8 @@ def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: di
             (event["before"][name], event["after"][name]) for event in final.state["growth"] for name in event["after"]
         ]
         assert any(after > before for before, after in changes)
-        assert any(after < before for before, after in changes) or settings.get("train.precision") == "bf16"
+        if settings.get("train.precision") != "bf16":  # the additive case, where nothing is small enough to cut
+            assert any(after < before for before, after in changes)
         assert (whole / "checkpoints" / "step_000000007" / "probe.safetensors").exists()
     for step in (2, 4, 7, 8) if settings.get("rank.policy") == "gradient" else (2, 4, 5, 9):
         again = tmp_path / f"from_{step}"
