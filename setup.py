@@ -35,6 +35,15 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        "test": ["mypy>=1.15", "peft>=0.18", "pytest>=8.1", "ruff>=0.12", "types-PyYAML", "types-psutil", "types-tqdm"]
+        "test": [
+            "mypy>=1.15",
+            "peft>=0.18",
+            "pytest>=8.1",
+            "pytest-timeout",
+            "ruff>=0.12",
+            "types-PyYAML",
+            "types-psutil",
+            "types-tqdm",
+        ]
     },
 )

@@ -13,14 +13,16 @@ import argparse
 import os
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -190,21 +192,55 @@ def _encode_all(batches: Iterator[_Batch], tokenizer_model: Path, append_eod: bo
         yield from map(encoder.encode, batches)
         return
     waiting: deque[Future[_Encoded]] = deque()
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer_model, append_eod)
-    ) as executor:
+    with (
+        _noted_interrupts() as interrupts,
+        ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer_model, append_eod)
+        ) as executor,
+    ):
         try:
             for batch in batches:
-                waiting.append(executor.submit(_encode, batch))
+                with _interrupts_blocked():
+                    waiting.append(executor.submit(_encode, batch))
                 if len(waiting) == BATCHES_AHEAD * workers:
                     yield waiting.popleft().result()
+                if interrupts:
+                    raise KeyboardInterrupt
             while waiting:
                 yield waiting.popleft().result()
+                if interrupts:
+                    raise KeyboardInterrupt
         except BrokenProcessPool as error:
             raise EspalierError("a worker process was killed, perhaps for want of memory: lower --workers") from error
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C is noted, for the caller to act on between two batches.
+
+    A KeyboardInterrupt inside `Future.result` may leave the future's lock taken, and then the executor's own thread
+    waits for it without end (seen with Python 3.11).
+    """
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started here never see Ctrl-C, not even while they start: it is the first process's, which ends
+    them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Encoder:
@@ -231,8 +267,16 @@ _encoder: _Encoder | None = None
 
 def _start_worker(tokenizer_model: Path, append_eod: bool) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's, which then ends the workers
+    threading.Thread(target=_end_with_the_first_process, daemon=True).start()
     _encoder = _Encoder(tokenizer_model, append_eod)
+
+
+def _end_with_the_first_process() -> None:
+    """A worker whose parent is killed would wait for its next batch without end."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(batch: _Batch) -> _Encoded:

@@ -1,5 +1,6 @@
 """The corpus tool: the same files whatever the workers, nothing half-written, refusals in one sentence."""
 
+import contextlib
 import errno
 import gzip
 import json
@@ -8,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -166,8 +169,9 @@ def test_a_large_vocabulary_takes_int32(tmp_path: Path, lines: Path) -> None:
     assert tokenizer.decode(tokens) == text.read_text()
 
 
-def test_interrupt_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Ctrl-C reaches the tool and its workers while they work."""
+@pytest.fixture
+def busy_tool(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[subprocess.Popen[bytes]]:
+    """The tool with two workers in a session of its own, in the middle of its work; it writes to `tmp_path/out`."""
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "tools.preprocess_corpus", "--input", *(["stdlib"] * 30), "--workers", "2"]
     command += ["--output-prefix", str(folder / "corpus"), "--tokenizer-model", str(tokenizer.path)]
@@ -177,18 +181,42 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -
         start_new_session=True,
         # A shell that starts the tests in its background has them ignore Ctrl-C, and so would the tool.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stderr=subprocess.PIPE,
-        text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not any(path.stat().st_size for path in folder.glob(".corpus*/corpus.bin")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) != 0
+        yield process
     finally:
-        process.kill()
-        process.communicate()
-    assert names_in(folder) == []
+        for member in session_members(process.pid):
+            member.kill()
+        process.wait()
+
+
+def session_members(session: int) -> list[psutil.Process]:
+    """All processes of a session, whoever their parent is by now."""
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members
+
+
+def test_interrupt_leaves_nothing_behind(tmp_path: Path, busy_tool: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C reaches the tool and its workers while they work."""
+    os.killpg(busy_tool.pid, signal.SIGINT)
+    assert busy_tool.wait(timeout=60) == 130
+    assert names_in(tmp_path / "out") == []
+
+
+def test_workers_end_with_a_killed_tool(busy_tool: subprocess.Popen[bytes]) -> None:
+    assert len(session_members(busy_tool.pid)) > 2
+    busy_tool.kill()
+    busy_tool.wait()
+    deadline = time.monotonic() + 60
+    while session_members(busy_tool.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
