@@ -41,14 +41,10 @@ class _LowRankUpdate(nn.Module):
     bias: nn.Parameter | None
     probe: Probe | None
 
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Takes this process's `A (rank, in or in/tp)` and `B (out/tp or out, rank)` of any common rank as new
         parameters."""
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.A, self.B, self.rank = nn.Parameter(A), nn.Parameter(B), len(A)
         if self.whole == "A":
             mark_sharded(self.B, dim=0, stride=self.stride)
         else:

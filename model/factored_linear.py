@@ -71,13 +71,9 @@ class FactoredLinear(nn.Module):
         if self.bias is not None:
             mark_sharded(self.bias, dim=0, stride=stride)
 
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Takes shards `A (rank, in/tp)` and `B (out/tp, rank)` of any common rank as new parameters."""
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.A, self.B, self.rank = nn.Parameter(A), nn.Parameter(B), len(A)
         mark_sharded(self.A, dim=1)
         mark_sharded(self.B, dim=0, stride=self.stride)
 

@@ -235,11 +235,14 @@ def build_model(config: ModelConfig, ranks: Mapping[str, int], *, seed: int) -> 
 
 
 def tensor_layouts(model: nn.Module) -> dict[str, TensorLayout]:
-    """Full shape and split of every parameter, from the marks megatron-core and our layers leave on it."""
+    """Full shape and split of every parameter, from the marks megatron-core and our layers leave on it.
+
+    ZeRO 3 empties parameters outside the forward pass and keeps their shape in `ds_shape`.
+    """
     layouts = {}
     parameters: list[tuple[str, Any]] = list(model.named_parameters())
     for name, parameter in parameters:
-        shape = list(parameter.shape)
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))
         if not getattr(parameter, "tensor_model_parallel", False):
             layouts[name] = TensorLayout(tuple(shape))
             continue

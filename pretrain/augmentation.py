@@ -37,9 +37,11 @@ from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm, singular_values, update_grams
 from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import agreed
-from pretrain.optimizer_state import gather, optimizer_state, stash
+from pretrain.optimizer_state import optimizer_state
+from pretrain.partitioned import gathered, replace_factors
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
 from pretrain.probe import Demand
+from pretrain.stash import Stash
 
 # How far logits of the fixed batch may move, relative to the largest: products with zero columns change the order of
 # summation at most, and what that does depends on the precision.
@@ -79,17 +81,22 @@ class GrowthRecord:
 @torch.no_grad()
 def measure_spectra(model: EspalierModel) -> dict[str, Tensor]:
     """Singular values `(rank,)` of every factored layer, largest first; a collective over the tensor-parallel group."""
-    return {name: singular_values(grams(layer.A, layer.B)).cpu() for name, layer in model.factored_layers().items()}
+    spectra = {}
+    for name, layer in model.factored_layers().items():
+        with gathered([layer.A, layer.B]):
+            spectra[name] = singular_values(grams(layer.A, layer.B)).cpu()
+    return spectra
 
 
 @torch.no_grad()
 def measure_updates(model: EspalierModel, initial: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Singular values of every layer's cumulative update B·A - B₀·A₀, largest first; `initial` holds this process's A₀
     and B₀. A collective over the tensor-parallel group."""
-    return {
-        name: singular_values(update_grams(layer.A, layer.B, *initial[name])).cpu()
-        for name, layer in model.factored_layers().items()
-    }
+    spectra = {}
+    for name, layer in model.factored_layers().items():
+        with gathered([layer.A, layer.B]):
+            spectra[name] = singular_values(update_grams(layer.A, layer.B, *initial[name])).cpu()
+    return spectra
 
 
 def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[LayerMeasurement]:
@@ -126,9 +133,14 @@ def plan_growth(
     if not ranks:
         return None
     factors, present = model.factored_layers(), model.ranks()
-    norms = [{name: row_norm(factors[name].A) for name in ranks if ranks[name] > present[name]}]
-    dist.broadcast_object_list(norms, src=0)
-    return GrowthPlan(step, ranks, norms[0])
+    norms = {}
+    for name in ranks:
+        if ranks[name] > present[name]:
+            with gathered([factors[name].A]):
+                norms[name] = row_norm(factors[name].A)
+    agreed_norms = [norms]
+    dist.broadcast_object_list(agreed_norms, src=0)
+    return GrowthPlan(step, ranks, agreed_norms[0])
 
 
 def augment(
@@ -154,22 +166,17 @@ def augment(
     _agree_on(plan, before)
     expected = _fixed_batch_logits(engine)
     _refuse_non_finite(expected, plan.step)
-    state = optimizer_state(engine)
-    kept, counters = stash(state), state.counters()
-    shapes = {name: parameter.shape for name, parameter in model.trained_parameters().items()}
-    del state
     changes = _factor_changes(model, plan, directions or {}, seed)
-    tear_down(engine)
-    for name, change in changes.items():
-        layer = model.factored_layers()[name]
-        layer.set_factors(change.of_A(layer.A.detach(), "master"), change.of_B(layer.B.detach(), "master"))
-    engine = rebuild(model)
-    state = optimizer_state(engine)
-    for name, parameter in model.trained_parameters().items():
-        shard = gather(kept.pop(name, []), shapes[name], parameter.device)
-        state.load(name, _changed_states(name, shard, changes))
-    state.finish_loading()
-    state.load_counters(counters)
+    with Stash(engine) as stash:
+        tear_down(engine)
+        for name, change in changes.items():
+            _change_factors(model.factored_layers()[name], change)
+        engine = rebuild(model)
+        state = optimizer_state(engine)
+        for name in model.trained_parameters():
+            state.load(name, _changed_states(name, stash.take(name), changes))
+        state.finish_loading()
+        state.load_counters(stash.counters)
     if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
         _check_logits(expected, _fixed_batch_logits(engine))
     release_free_memory()
@@ -183,6 +190,12 @@ def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:
     dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest())
     if len(set(digests)) > 1:
         raise RuntimeError(f"processes disagree about the growth at step {plan.step}: {digests}")
+
+
+def _change_factors(layer: LayerWithFactors, change: "_Growth | _Truncation") -> None:
+    with gathered([layer.A, layer.B]):
+        A, B = change.of_A(layer.A.detach(), "master"), change.of_B(layer.B.detach(), "master")
+    replace_factors(layer, A, B)
 
 
 class _Growth:
@@ -229,7 +242,8 @@ def _factor_changes(
         if name in plan.row_norms:
             changes[name] = _Growth(_new_rows(name, layer, new_rank - layer.rank, plan, directions.get(name), seed))
         elif new_rank < layer.rank:
-            both = grams(layer.A, layer.B)
+            with gathered([layer.A, layer.B]):
+                both = grams(layer.A, layer.B)
             basis = balanced_basis(both.of_A, both.of_B, new_rank)
             for matrix in (basis.forward, basis.inverse):  # the same to the last bit on every process
                 dist.broadcast(matrix, src=0)

@@ -84,7 +84,8 @@ class CheckpointConfig(_Section):
 class DeepSpeedConfig(_Section):
     """ZeRO, and the user's own DeepSpeed file."""
 
-    stage: int = Field(1, description="ZeRO stage: 0, 1 or 2")
+    stage: int = Field(1, description="ZeRO stage: 0, 1, 2 or 3")
+    offload_optimizer: bool = Field(False, description="masters and moments in host memory, and the step there")
     config: str | None = Field(
         None, description="DeepSpeed JSON file (path or installed name); none: DeepSpeed's defaults"
     )
@@ -92,11 +93,18 @@ class DeepSpeedConfig(_Section):
     @field_validator("stage")
     @classmethod
     def _stage_is_supported(cls, stage: int) -> int:
-        if stage == 3:
-            raise ValueError("deepspeed.stage 3 is not supported yet: set deepspeed.stage to 1 or 2")
-        if stage not in (0, 1, 2):
-            raise ValueError(f"deepspeed.stage is {stage}: set it to 0, 1 or 2")
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"deepspeed.stage is {stage}: set it to 0, 1, 2 or 3")
         return stage
+
+    @model_validator(mode="after")
+    def _offload_belongs_to_zero(self) -> "DeepSpeedConfig":
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError(
+                "deepspeed.offload_optimizer is true, and without ZeRO (deepspeed.stage 0) nothing is offloaded: set "
+                "deepspeed.stage to 1, 2 or 3, or leave deepspeed.offload_optimizer out"
+            )
+        return self
 
 
 class RunConfig(_Section):

@@ -10,6 +10,8 @@ one that is missing.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from pretrain.config import RunConfig
 from pretrain.config_file import find_file, read_json
 from pretrain.errors import ConfigError
@@ -27,7 +29,10 @@ _TAKEN = {
 _TAKEN_INSIDE = {
     "zero_optimization": {
         "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",
-        "overlap_comm", "reduce_bucket_size", "reduce_scatter", "stage", "use_multi_rank_bucket_allreduce",
+        "offload_optimizer", "overlap_comm", "reduce_bucket_size", "reduce_scatter", "stage",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+        "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
+        "use_multi_rank_bucket_allreduce",
     },
     "bf16": {"enabled", "check_grad_overflow"},
     "fp16": {
@@ -38,7 +43,7 @@ _TAKEN_INSIDE = {
 }  # fmt: skip
 _AUTOTP = "tensor parallelism is megatron-core's: set parallel.tensor"
 _MONITOR = "the run writes its own TensorBoard folder, and two writers would disagree"
-_OFFLOAD = "optimizer state on another device is not carried through a growth of ranks yet"
+_OFFLOAD = "only the optimizer can be offloaded, by deepspeed.offload_optimizer in the run's config"
 _REASONS = {
     "optimizer": "the run builds AdamW itself: use the optimizer section of the run's config",
     "scheduler": "the learning rate is the run's own: use the schedule section of the run's config",
@@ -50,7 +55,6 @@ _REASONS = {
     "comet": _MONITOR,
     "checkpoint": "checkpoints have a format of their own: use the checkpoint section of the run's config",
     "gradient_allreduce_op": "gradients are averaged over data-parallel processes, and the clipping norm counts on it",
-    "zero_optimization.offload_optimizer": _OFFLOAD,
     "zero_optimization.offload_param": _OFFLOAD,
     "zero_optimization.cpu_offload": _OFFLOAD,
     "zero_optimization.cpu_offload_params": _OFFLOAD,
@@ -79,6 +83,7 @@ def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
     _refuse_unsupported(given, derived, source)
     _refuse_conflicts(given, derived, source)
     _check_precision(given, config, source)
+    _check_offload(given, config, source)
     result: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
     result |= {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
     for key, (value, _) in derived.items():
@@ -91,6 +96,10 @@ def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
         zero = result["zero_optimization"]
         zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
         zero.setdefault("allgather_bucket_size", BUCKET_ELEMENTS)
+        if config.deepspeed.offload_optimizer:
+            offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()} | zero.get("offload_optimizer", {})
+            zero["offload_optimizer"] = offload
+            result["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW steps on the host as well
     return result
 
 
@@ -140,8 +149,6 @@ def _refuse_conflicts(given: Mapping[str, Any], derived: Mapping[str, tuple[Any,
     for key, (value, origin) in derived.items():
         section, dot, name = key.partition(".")
         found = given.get(section, {}).get(name, value) if dot else given.get(key, value)
-        if key == "zero_optimization.stage" and found == 3:
-            raise ConfigError(f"{key} 3 in {source} is not supported yet: set it and deepspeed.stage to 1 or 2")
         if found not in (value, "auto"):
             raise ConfigError(f"{key} is {found} in {source}, and {value} follows from {origin}: change one of them")
 
@@ -158,4 +165,30 @@ def _check_precision(given: Mapping[str, Any], config: RunConfig, source: str) -
             f"data_types.grad_accum_dtype {accumulation} in {source} is not supported with train.precision "
             f"{config.train.precision}: it switches to a DeepSpeed optimizer whose state cannot be grown yet; "
             f"remove it from {source}"
+        )
+
+
+def _check_offload(given: Mapping[str, Any], config: RunConfig, source: str) -> None:
+    """The file may say how the optimizer is offloaded, the run's config says whether."""
+    offload = given.get("zero_optimization", {}).get("offload_optimizer")
+    if _switched_off(offload):
+        if offload is not None and config.deepspeed.offload_optimizer:
+            raise ConfigError(
+                f"zero_optimization.offload_optimizer is switched off in {source}, and deepspeed.offload_optimizer is "
+                "true: change one of them"
+            )
+        return
+    if (
+        not isinstance(offload, dict)
+        or offload.get("device") != "cpu"
+        or not offload.keys() <= {"device", "pin_memory"}
+    ):
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer in {source} is {offload!r}: masters and moments can be offloaded to "
+            '{"device": "cpu"}, with or without pin_memory; change it'
+        )
+    if not config.deepspeed.offload_optimizer:
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer is on in {source}, and deepspeed.offload_optimizer is false: change "
+            "one of them"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.gpt import EspalierModel
 from model.process_groups import DeepSpeedProcessGroups, tensor_group, tensor_index
+from pretrain.partitioned import fetch_tied_weight, forget_engine
 from pretrain.schedule import OptimizerConfig
 
 
@@ -43,6 +44,8 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=adamw, mpu=DeepSpeedProcessGroups(), config=deepspeed_config, dist_init_required=False
     )
+    if engine.zero_optimization_stage() == 3:
+        fetch_tied_weight(model)
     return engine
 
 
@@ -51,14 +54,19 @@ def tear_down(engine: DeepSpeedEngine) -> None:
 
     DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, which keep the engine and its optimizer
     state alive, and leaves parameters as views of its flat buffers with attributes of its own: the hooks are removed by
-    hand, and parameters are made anew. It never touched the frozen ones.
+    hand, and parameters are made anew. It never touched the frozen ones. Under ZeRO 3 all parameters stay partitioned:
+    the whole model may not fit.
     """
-    module = engine.module
+    module, stage = engine.module, engine.zero_optimization_stage()
     engine.destroy()
     for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
         hook.remove()
     engine.module = None
     engine.optimizer = engine.basic_optimizer = None
+    if stage == 3:
+        forget_engine(module)
+        gc.collect()
+        return
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if parameter.requires_grad:
@@ -93,7 +101,7 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
 
 
 def gradient_norm(engine: DeepSpeedEngine) -> float:
-    """Global gradient norm of the coming (ZeRO 0) or the last step (ZeRO 1 and 2), before clipping.
+    """Global gradient norm of the coming (ZeRO 0) or the last step (ZeRO 1 to 3), before clipping.
 
     DeepSpeed 0.19.8 computes none at stage 0 in fp32, so there it is ours; call it between backward and step.
     Parameters that every tensor-parallel process holds whole count once.

@@ -4,30 +4,35 @@
 |------------|---------------------------|--------------------------------------------------------------------|
 | 0 (fp32)   | torch's AdamW itself      | everything; the parameter is the master                            |
 | 1, 2       | `DeepSpeedZeroOptimizer`  | its slice of one flat fp32 tensor per parameter group, and moments |
+| 3          | `..._Stage3`              | its slice of every parameter, in flat fp32 tensors, and moments    |
 
-An adapter names the fragments this process owns as (parameter, flat start, values) without a collective: checkpoints
-write them as they are, augmentation gathers one parameter at a time from them. It reads private attributes of DeepSpeed
-(`_hp_mapping`, `single_partition_of_fp32_groups`, `bit16_groups`): `tests/pretrain/test_optimizer_state.py` fails when
-a release moves them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and
-leaves the other waiting, and with several parameter groups it misses all moments but the first group's.
+With the optimizer offloaded (stages 1 to 3) the same tensors lie in host memory. An adapter names the fragments this
+process owns as (parameter, flat start, values) without a collective: checkpoints write them as they are, augmentation
+gathers one parameter at a time from them. It reads private attributes of DeepSpeed (`_hp_mapping`,
+`single_partition_of_fp32_groups`, `bit16_groups`; `fp16_groups`, `fp32_partitioned_groups_flat`,
+`_reassign_or_swap_out_partitioned_parameters`): `tests/pretrain/test_optimizer_state.py` fails when a release moves
+them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and leaves the other
+waiting, and with several parameter groups it misses all moments but the first group's.
 
 Frozen parameters are in no optimizer, and an augmentation leaves them where they are; `frozen_fragments` names what a
 checkpoint keeps of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from model.gpt import EspalierModel
 from model.process_groups import data_group, data_index, data_size
 from pretrain.checkpoint_format import KEYS, Fragment
+from pretrain.partitioned import drop_gathered, held, is_partitioned
 
 # What a dynamic loss scaler counts; the rest of it is configuration.
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -67,6 +72,8 @@ def optimizer_state(engine: DeepSpeedEngine) -> OptimizerState:
     """The adapter for the engine's optimizer; moments exist from here on, zero before the first step."""
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         return _ZeroState(engine)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return _PartitionedState(engine)
     if isinstance(engine.optimizer, torch.optim.AdamW):
         return _PlainState(engine)
     raise TypeError(f"no adapter for optimizer class {type(engine.optimizer).__name__}")
@@ -132,12 +139,29 @@ class _PlainState(_AdamState):
         """The parameters are the masters."""
 
 
-class _ZeroState(_AdamState):
+class _ScaledState(_AdamState):
+    """What the stages of ZeRO share: a loss scaler."""
+
+    def __init__(self, zero: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3, masters: list[Tensor]) -> None:
+        self.zero = zero
+        super().__init__(zero.optimizer, masters)
+
+    def counters(self) -> dict[str, Any]:
+        scaler = self.zero.loss_scaler
+        counts = {key: getattr(scaler, key) for key in _SCALER_COUNTERS if hasattr(scaler, key)}
+        return {**super().counters(), "loss_scaler": counts}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        super().load_counters(counters)
+        for key, value in counters["loss_scaler"].items():
+            setattr(self.zero.loss_scaler, key, value)
+
+
+class _ZeroState(_ScaledState):
     """ZeRO 1 and 2: slices of one flat master per parameter group."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.zero: DeepSpeedZeroOptimizer = engine.optimizer
-        super().__init__(self.zero.optimizer, self.zero.single_partition_of_fp32_groups)
+        super().__init__(engine.optimizer, engine.optimizer.single_partition_of_fp32_groups)
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         for group, master in zip(self.zero.bit16_groups, self.masters, strict=True):
             states = self._states(master)
@@ -151,39 +175,42 @@ class _ZeroState(_AdamState):
     def finish_loading(self) -> None:
         self.zero.update_lp_params()
 
-    def counters(self) -> dict[str, Any]:
-        scaler = self.zero.loss_scaler
-        counts = {key: getattr(scaler, key) for key in _SCALER_COUNTERS if hasattr(scaler, key)}
-        return {**super().counters(), "loss_scaler": counts}
 
-    def load_counters(self, counters: Mapping[str, Any]) -> None:
-        super().load_counters(counters)
-        for key, value in counters["loss_scaler"].items():
-            setattr(self.zero.loss_scaler, key, value)
+class _PartitionedState(_ScaledState):
+    """ZeRO 3: every process's equal slice of each parameter, one behind the other in one flat master per sub-group."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        super().__init__(engine.optimizer, engine.optimizer.fp32_partitioned_groups_flat)
+        self.parameters = dict(engine.module.named_parameters())
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for group, master in zip(self.zero.fp16_groups, self.masters, strict=True):
+            states, offset = self._states(master), 0
+            for parameter in group:
+                start, values = held(parameter)
+                if len(values):
+                    self.slices.append(_Slice(names[id(parameter)], start, len(values), offset, states))
+                offset += parameter.partition_numel()
+
+    def finish_loading(self) -> None:
+        for sub_group in range(len(self.masters)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        drop_gathered(self.parameters.values())
 
 
 def frozen_fragments(model: EspalierModel) -> Iterator[Fragment]:
-    """The parameters that never change, as views, from the first data-parallel process: all hold the same ones.
+    """The parameters that never change, as views; the whole ones from the first data-parallel process, for all hold
+    the same.
 
     They have no moments, and in a 16-bit run no fp32 master either: what is kept are the 16-bit values.
     """
-    if data_index() == 0:
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                yield Fragment(name, "master", 0, parameter.detach().view(-1))
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and (data_index() == 0 or is_partitioned(parameter)):
+            start, values = held(parameter)
+            if len(values):
+                yield Fragment(name, "master", start, values)
 
 
-def stash(state: OptimizerState) -> dict[str, list[Fragment]]:
-    """Copies of the fragments this process owns, in host memory: at most what it held before, none of it on the
-    device."""
-    kept: dict[str, list[Fragment]] = {}
-    for fragment in state.fragments():
-        copy = fragment.values.detach().to("cpu", copy=True)
-        kept.setdefault(fragment.name, []).append(Fragment(fragment.name, fragment.key, fragment.start, copy))
-    return kept
-
-
-def gather(fragments: list[Fragment], shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
+def gather(fragments: Iterable[Fragment], shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
     """One parameter's whole shard on every data-parallel process, per key with `shape`; a collective over them."""
     whole = torch.zeros(len(KEYS), shape.numel(), device=device)
     for fragment in fragments:

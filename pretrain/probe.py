@@ -28,6 +28,7 @@ from model.gpt import EspalierModel, LayerWithFactors, tensor_layouts
 from model.initialization import generator_for, orthonormal_columns
 from model.process_groups import data_group, data_size, tensor_group, tensor_index, tensor_size
 from model.sharding import TensorLayout
+from pretrain.partitioned import gathered
 from pretrain.policies.gradient import PROBED_STEPS
 
 
@@ -65,8 +66,8 @@ class GradientProbe:
         elif not self._ranges:
             return
         for name, layer in model.factored_layers().items():
-            A = layer.A.new_zeros(self._count, layer.A.shape[1])
-            B = layer.B.new_zeros(layer.B.shape[0], self._count)
+            A = layer.A.new_zeros(self._layout(model, "first", name).shard_shape(tensor_size()))
+            B = layer.B.new_zeros(self._layout(model, "range", name).shard_shape(tensor_size()))
             if steps_left == PROBED_STEPS:
                 A.copy_(self._random_rows(name, layer, step))
                 B.requires_grad_()
@@ -89,7 +90,8 @@ class GradientProbe:
                 dist.all_reduce(gradient, group=data_group())
                 gradient /= data_size()
             if probe.B.requires_grad:
-                columns = outside(gradient.nan_to_num(), layer.B, is_sharded(layer.B))
+                with gathered([layer.B]):
+                    columns = outside(gradient.nan_to_num(), layer.B, is_sharded(layer.B))
                 self._ranges[name] = orthonormal(columns, is_sharded(layer.B)).float()
             elif name in self._first:
                 self._second[name] = gradient
@@ -101,9 +103,14 @@ class GradientProbe:
         gradient was not finite (a skipped step), asks for nothing."""
         found = {}
         for name, layer in model.factored_layers().items():
-            nothing = layer.A.new_zeros(0, layer.A.shape[1], dtype=torch.float32)
+            columns = self._layout(model, "first", name).shard_shape(tensor_size())[1]
+            nothing = layer.A.new_zeros(0, columns, dtype=torch.float32)
             first, second = self._first.get(name, nothing), self._second.get(name, nothing)
-            found[name] = _agreed_demand(first, second, layer) if len(first) == len(second) else _no_demand(first)
+            if len(first) != len(second):
+                found[name] = _no_demand(first)
+                continue
+            with gathered([layer.A]):
+                found[name] = _agreed_demand(first, second, layer)
         self.forget()
         return found
 

@@ -38,6 +38,7 @@ from pretrain.checkpoint_format import Fragment
 from pretrain.config import RunConfig
 from pretrain.initial_values import InitialValues
 from pretrain.optimizer_state import gather, optimizer_state
+from pretrain.partitioned import shape_of
 from pretrain.spectrum_report import Measurement
 
 
@@ -95,7 +96,7 @@ class Tracker:
 
         def now_and_then(name: str) -> tuple[Tensor, Tensor]:
             parameter = parameters[name]
-            now = gather(masters.pop(name, []), parameter.shape, parameter.device)["master"]
+            now = gather(masters.pop(name, []), shape_of(parameter), parameter.device)["master"]
             now.tensor_model_parallel = is_sharded(parameter)  # type: ignore[attr-defined]  # `update_grams` asks
             return now, self._start.shard(name, layouts[name]).to(parameter.dtype).to(now)
 

@@ -33,6 +33,7 @@ from pretrain.initial_values import initial_model
 from pretrain.layout import Layout
 from pretrain.monitor import StepMetrics
 from pretrain.optimizer_state import frozen_fragments, optimizer_state
+from pretrain.partitioned import drop_gathered, held, hold
 from pretrain.processes import together
 from pretrain.progress import TrainState
 from pretrain.rank_control import Answer, RankControl
@@ -170,7 +171,8 @@ class Trainer:
 
     def _refuse_non_finite_weights(self) -> None:
         """Before anything measures or saves the weights: a spectrum of NaN is an error without a sentence."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all().int()
+        values = [held(parameter)[1] for parameter in self.model.parameters()]
+        finite = torch.stack([part.isfinite().all() for part in values]).all().int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
             raise agreed(
@@ -295,10 +297,11 @@ class Trainer:
         adapter = optimizer_state(self.engine)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
-                parameter.detach().copy_(reader.read_shard(name, "master", tensor_index(), tensor_size()))
+                hold(parameter, reader.read_shard(name, "master", tensor_index(), tensor_size()))
                 continue
             shard = {key: reader.read_shard(name, key, tensor_index(), tensor_size()) for key in KEYS}
             adapter.load(name, {key: values.to(parameter.device) for key, values in shard.items()})
+        drop_gathered(p for p in self.model.parameters() if not p.requires_grad)
         adapter.finish_loading()
         adapter.load_counters(reader.state["optimizer"])
         growth = [GrowthRecord(**record) for record in reader.state["growth"]]

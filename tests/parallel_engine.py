@@ -19,8 +19,10 @@ from model.spectrum import row_norm
 from pretrain.augmentation import GrowthPlan, augment
 from pretrain.checkpoint_format import KEYS
 from pretrain.engine import build_engine, gradient_norm, set_learning_rate
-from pretrain.optimizer_state import gather, optimizer_state, stash
+from pretrain.optimizer_state import optimizer_state
+from pretrain.partitioned import gathered, held
 from pretrain.schedule import OptimizerConfig
+from pretrain.stash import Stash
 from tests.parallel_model import gather_logical, positions_of
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
@@ -35,6 +37,7 @@ class Case:
     tensor: int = 1
     accumulation: int = 1
     micro_batch: int = 2
+    offload: bool = False
 
 
 def allow_fp16_on_cpu() -> None:
@@ -50,6 +53,9 @@ def deepspeed_settings(case: Case) -> dict[str, Any]:
         "zero_optimization": {"stage": case.stage, "reduce_bucket_size": 10_000_000},
         "steps_per_print": 10**9,
     }
+    if case.offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        settings["zero_force_ds_cpu_optimizer"] = False
     if case.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     if case.precision == "fp16":
@@ -102,7 +108,11 @@ class SmallRun:
     def grow(self, ranks: Mapping[str, int], directions: Mapping[str, Tensor] | None = None) -> None:
         """`directions`: as `augment` takes them."""
         layers = self.engine.module.factored_layers()
-        growing = {name: row_norm(layers[name].A) for name, rank in ranks.items() if rank >= layers[name].rank}
+        growing = {}
+        for name, rank in ranks.items():
+            if rank >= layers[name].rank:
+                with gathered([layers[name].A]):
+                    growing[name] = row_norm(layers[name].A)
         plan = GrowthPlan(self.step, dict(ranks), growing)
         self.engine, _ = augment(
             self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0, directions=directions
@@ -110,10 +120,12 @@ class SmallRun:
 
     def logical_state(self) -> dict[str, dict[str, Tensor]]:
         """Whole masters and moments by key and name; frozen parameters have a master alone."""
-        kept = stash(optimizer_state(self.engine))
         model = self.engine.module
-        shards = {n: gather(kept.get(n, []), p.shape, p.device) for n, p in model.trained_parameters().items()}
-        shards |= {n: {"master": p.float()} for n, p in model.named_parameters() if not p.requires_grad}
+        shards = whole_states(self.engine)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                with gathered([parameter]):
+                    shards[name] = {"master": parameter.detach().float().clone()}
         return {key: gather_logical(model, {n: s[key] for n, s in shards.items() if key in s}) for key in KEYS}
 
     def owned_bytes(self) -> dict[str, int]:
@@ -124,9 +136,15 @@ class SmallRun:
             storage = fragment.values.untyped_storage()
             tensors[storage.data_ptr()] = storage.nbytes()
         return {
-            "parameters": sum(p.numel() * p.element_size() for p in self.engine.module.parameters()),
+            "parameters": sum(held(p)[1].numel() * p.element_size() for p in self.engine.module.parameters()),
             "state": sum(tensors.values()),
         }
+
+
+def whole_states(engine: DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
+    """Every trained parameter's shard of masters and moments, on all data-parallel processes."""
+    with Stash(engine) as stash:
+        return {name: stash.take(name) for name in engine.module.trained_parameters()}
 
 
 def uniform_ranks(config: ModelConfig, rank: int) -> dict[str, int]:

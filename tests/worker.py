@@ -100,11 +100,16 @@ def _leave_group() -> None:
     in `deepspeed.utils.groups` a clone of the world group and the last engine's `mpu`; it drops those by itself only
     when the group is destroyed through `deepspeed.comm`, and never the first. An engine that a test leaves behind would
     live on, held by its own hooks, and with it some twenty groups and their gloo threads.
+
+    ZeRO 3 numbers parameters and modules (these in a default argument) and compares the numbers between processes, of
+    which some have done other tasks.
     """
     import deepspeed.comm.comm
     import deepspeed.utils.groups
     import torch.distributed as dist
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import Init
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -120,6 +125,7 @@ def _leave_group() -> None:
         dist.destroy_process_group()
     deepspeed.utils.groups._release_process_group_references()
     deepspeed.comm.comm.cdb = None
+    Init.param_id = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def _failure(task: Task, error: BaseException) -> Failure:

@@ -30,15 +30,31 @@ CASES = [
     (2, Case(stage=2, precision="fp16", accumulation=2)),
     (4, Case(stage=1, tensor=2, precision="bf16", accumulation=2)),
     (4, Case(stage=2, tensor=2)),
+    (2, Case(stage=3, precision="bf16", accumulation=2)),
+    (4, Case(stage=3, tensor=2)),
+    (2, Case(stage=2, precision="bf16", offload=True)),
+    (2, Case(stage=3, offload=True)),
 ]
 MATRIX = [
-    (processes, Case(stage=stage, precision=precision, tensor=tensor, accumulation=accumulation))
+    (processes, Case(stage=stage, precision=precision, tensor=tensor, accumulation=accumulation, offload=offload))
     for processes in (1, 2, 4)
     for tensor in (1, 2, 4)
     if tensor <= processes
-    for stage, precision in ((0, "fp32"), *((stage, p) for stage in (1, 2) for p in ("fp32", "bf16", "fp16")))
+    for stage, precision, offload in (
+        (0, "fp32", False),
+        *(
+            (stage, precision, offload)
+            for stage in (1, 2, 3)
+            for precision in ("fp32", "bf16", "fp16")
+            for offload in (False, True)
+        ),
+    )
     for accumulation in (1, 2)
-    if (processes, Case(stage=stage, precision=precision, tensor=tensor, accumulation=accumulation)) not in CASES
+    if (
+        processes,
+        Case(stage=stage, precision=precision, tensor=tensor, accumulation=accumulation, offload=offload),
+    )
+    not in CASES
 ]
 FACTORED = {"parametrization": "factored"}
 ADDITIVE = {"parametrization": "additive"}
@@ -47,6 +63,7 @@ ADDITIVE_CASES = [
     (2, Case(stage=0, tensor=2), ADDITIVE),
     (2, Case(stage=1, precision="bf16"), FACTORS_ALONE),
     (4, Case(stage=2, tensor=2, precision="fp16", accumulation=2), ADDITIVE),
+    (2, Case(stage=3, precision="bf16"), FACTORS_ALONE),
 ]
 ALL_CASES = [
     *((*case, FACTORED) for case in CASES),
@@ -184,7 +201,8 @@ def test_memory_after_growth_is_what_the_ranks_predict(processes: int, case: Cas
     for _, _, ranks, owned, fresh, _, _ in everyone:
         assert ranks == uniform_ranks(config, 8)
         assert owned == fresh
-        assert owned["parameters"] == numbers // case.tensor * (4 if case.precision == "fp32" else 2)
+        shares = case.tensor if case.stage < 3 else processes
+        assert owned["parameters"] == numbers // shares * (4 if case.precision == "fp32" else 2)
     state_bytes = sum(result[3]["state"] for result in everyone)
     assert 12 * trained <= state_bytes <= 12 * (trained + 64 * processes)
 
@@ -207,6 +225,7 @@ def _around_truncation(config: ModelConfig, case: Case) -> tuple[States, States,
         (2, Case(stage=2), "factored"),
         (2, Case(stage=1, tensor=2, precision="bf16"), "factored"),
         (2, Case(stage=1, tensor=2), "additive"),
+        (2, Case(stage=3, offload=True), "factored"),
     ],
 )
 def test_truncation_keeps_the_best_of_the_product_and_turns_the_moments(
@@ -266,10 +285,9 @@ def test_processes_that_disagree_about_a_plan_stop_together() -> None:
     assert all("processes disagree about the growth at step 3" in message for message in run(_disagree, 2))
 
 
-def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int], list[int]]:
+def _many_events(config: ModelConfig, case: Case, events: int) -> tuple[list[int], list[int], list[int]]:
     left_by_other_tests = live_engines()
-    # Not bf16: on processors with bf16 instructions oneDNN keeps the kernels it compiled for every shape it has seen.
-    small = SmallRun(config, uniform_ranks(config, 4), Case(stage=1, precision="fp16"))
+    small = SmallRun(config, uniform_ranks(config, 4), case)
     small.train(1)
     engines, hooks, resident = [], [], []
     for _ in range(events):
@@ -282,10 +300,20 @@ def _many_events(config: ModelConfig, events: int) -> tuple[list[int], list[int]
     return engines, hooks, resident
 
 
-@pytest.mark.parametrize("kind", [FACTORED, pytest.param(FACTORS_ALONE, marks=pytest.mark.matrix)])
-def test_twenty_events_leave_nothing_behind(kind: dict[str, str]) -> None:
+# Not bf16: on processors with bf16 instructions oneDNN keeps the kernels it compiled for every shape it has seen.
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (Case(stage=1, precision="fp16"), FACTORED),
+        (Case(stage=3, precision="fp16"), FACTORED),
+        pytest.param(Case(stage=1, precision="fp16"), FACTORS_ALONE, marks=pytest.mark.matrix),
+        pytest.param(Case(stage=2, offload=True), FACTORED, marks=pytest.mark.matrix),
+        pytest.param(Case(stage=3, offload=True), FACTORS_ALONE, marks=pytest.mark.matrix),
+    ],
+)
+def test_twenty_events_leave_nothing_behind(case: Case, kind: dict[str, str]) -> None:
     config = small_config("llama", hidden=256, vocabulary=4000, **kind)
-    for engines, hooks, resident in run(_many_events, 2, config, 20, timeout_seconds=300):
+    for engines, hooks, resident in run(_many_events, 2, config, case, 20, timeout_seconds=300):
         assert engines == [1] * 20
         assert hooks == [hooks[0]] * 20
         # What the ranks predict for the fifteen events: at most 2 + 2 + 4 + 8 bytes a number (weight, gradient, master,

@@ -136,8 +136,7 @@ def test_a_config_that_is_not_there_is_refused_with_what_is(name):
         ("train.precision=fp8", "train.precision is 'fp8': input should be 'fp32', 'bf16' or 'fp16'"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate is 'nan': input should be a finite number"),
         ("model.heads=3", "hidden 256 is not divisible by 3 heads"),
-        ("deepspeed.stage=3", "deepspeed.stage 3 is not supported yet: set deepspeed.stage to 1 or 2"),
-        ("deepspeed.stage=4", "deepspeed.stage is 4: set it to 0, 1 or 2"),
+        ("deepspeed.stage=4", "deepspeed.stage is 4: set it to 0, 1, 2 or 3"),
         ("schedule.warmup_steps=1000", "schedule.warmup_steps 1000 leaves nothing of train.steps 1000"),
         ("rank.initial=129", "rank.initial 129 is above the break-even rank 128"),
         ("model.parametrization=sparse", "model.parametrization is 'sparse'"),
@@ -167,8 +166,15 @@ def test_stage_0_in_16_bits_is_refused_and_the_rest_of_the_matrix_is_not(precisi
     with pytest.raises(ConfigError, match=r"stage 0 trains in fp32 only.* set deepspeed\.stage=1"):
         configured(deepspeed={"stage": 0}, train={"precision": precision})
     configured(deepspeed={"stage": 0}, train={"precision": "fp32"})
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert configured(deepspeed={"stage": stage}, train={"precision": precision}).deepspeed.stage == stage
+
+
+def test_offload_without_zero_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"offload_optimizer is true, and without ZeRO .* set deepspeed\.stage to 1, 2"
+    ):
+        configured(deepspeed={"stage": 0, "offload_optimizer": True})
 
 
 # Layout ---------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,16 @@ from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.errors import ConfigError
 
 
-def configured(precision: str = "fp32", stage: int = 1, file: object = None) -> RunConfig:
+def configured(precision: str = "fp32", stage: int = 1, file: object = None, offload: bool = False) -> RunConfig:
     return parse_config(
         {
             "data": {"prefix": "corpus", "tokenizer": "tokenizer.model"},
             "train": {"micro_batch": 4, "global_batch": 32, "precision": precision, "clip": 0.5},
-            "deepspeed": {"stage": stage, "config": None if file is None else str(file)},
+            "deepspeed": {
+                "stage": stage,
+                "offload_optimizer": offload,
+                "config": None if file is None else str(file),
+            },
         }
     )
 
@@ -24,7 +28,7 @@ def resolved(config: RunConfig) -> dict:
     return deepspeed_dict(config, config.layout(2))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_keys_follow_from_the_run(stage):
     found = resolved(configured(stage=stage))
     assert found["train_micro_batch_size_per_gpu"] == 4
@@ -45,7 +49,7 @@ def test_precision_follows_from_the_run(precision):
     }
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_installed_files_go_by_their_name_and_suit_every_precision(stage, precision):
     found = resolved(configured(precision, stage, f"zero{stage}"))
@@ -55,7 +59,7 @@ def test_installed_files_go_by_their_name_and_suit_every_precision(stage, precis
     assert "auto" not in json.dumps(found)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("installed", [True, False])
 def test_deepspeed_takes_what_we_write(stage, precision, installed):
@@ -101,7 +105,7 @@ def test_what_the_file_says_is_kept(tmp_path):
         ({"gradient_accumulation_steps": 1}, "is 1 in mine.json, and 4 follows from train.global_batch 32"),
         ({"gradient_clipping": 1.0}, "is 1.0 in mine.json, and 0.5 follows from train.clip"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2 in mine.json, and 1 follows"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage 3 in mine.json is not supported yet"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3 in mine.json, and 1 follows"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True in mine.json, and False follows from train"),
         ({"bf16": {"enabled": False}}, "bf16.enabled is False in mine.json, and True follows from"),
         ({"bf16": {"check_grad_overflow": False}}, "poison the weights"),
@@ -112,7 +116,11 @@ def test_what_the_file_says_is_kept(tmp_path):
         ({"scheduler": {"type": "WarmupLR"}}, "use the schedule section"),
         ({"tensor_parallel": {"autotp_size": 2}}, "set parallel.tensor"),
         ({"tensorboard": {"enabled": True}}, "tensorboard in mine.json is not supported"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer is on in mine.json, and deepspeed.offload_optimizer is false",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "masters and moments can be offloaded to"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "zero_optimization.offload_param"),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
@@ -149,3 +157,15 @@ def test_files_that_are_no_objects_are_refused(tmp_path, text, words):
 def test_a_file_that_is_not_there_is_refused_with_what_is():
     with pytest.raises(ConfigError, match=r"no config zero9: .*zero1, zero2"):
         resolved(configured(file="zero9"))
+
+
+def test_the_file_says_how_to_offload_and_the_run_whether(tmp_path):
+    assert resolved(configured(offload=True))["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}))
+    found = resolved(configured(stage=3, file=file, offload=True))
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert found["zero_force_ds_cpu_optimizer"] is False
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "none"}}}))
+    with pytest.raises(ConfigError, match=r"switched off in mine\.json, and deepspeed\.offload_optimizer is true"):
+        resolved(configured(stage=3, file=file, offload=True))

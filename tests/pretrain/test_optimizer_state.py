@@ -9,9 +9,10 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from pretrain.checkpoint_format import KEYS
-from pretrain.optimizer_state import gather, optimizer_state, stash
+from pretrain.optimizer_state import optimizer_state
+from pretrain.partitioned import gathered, shape_of
 from tests.distributed import run
-from tests.parallel_engine import Case, SmallRun, uniform_ranks
+from tests.parallel_engine import Case, SmallRun, uniform_ranks, whole_states
 from tests.parallel_model import small_config
 
 ZERO_CASES = [
@@ -20,6 +21,11 @@ ZERO_CASES = [
     (2, Case(stage=2, precision="fp16")),
     (4, Case(stage=2, tensor=2)),
     (4, Case(stage=1, tensor=2, precision="fp16")),
+    (2, Case(stage=3)),
+    (4, Case(stage=3, tensor=2, precision="bf16")),
+    (2, Case(stage=3, precision="fp16", offload=True)),
+    (2, Case(stage=1, offload=True)),
+    (4, Case(stage=2, tensor=2, precision="bf16", offload=True)),
 ]
 
 
@@ -27,10 +33,9 @@ def _both_views(config: ModelConfig, case: Case) -> list[tuple[str, str, Tensor,
     small = SmallRun(config, uniform_ranks(config, 4), case)
     optimizer_state(small.engine)  # makes the moments, so that DeepSpeed links those of all parameter groups
     small.train(2)
-    kept = stash(optimizer_state(small.engine))
-    views = []
+    states, views = whole_states(small.engine), []
     for name, parameter in small.engine.module.named_parameters():
-        ours = gather(kept.get(name, []), parameter.shape, parameter.device)
+        ours = states[name]
         theirs = {"master": safe_get_full_fp32_param(parameter)}
         theirs |= {key: safe_get_full_optimizer_state(parameter, key) for key in KEYS if key != "master"}
         views += [(name, key, ours[key], theirs[key]) for key in KEYS]
@@ -52,16 +57,17 @@ def _load_marked_values(config: ModelConfig, case: Case) -> list[tuple[Tensor, T
     small = SmallRun(config, uniform_ranks(config, 4), case)
     state = optimizer_state(small.engine)
     for place, (name, parameter) in enumerate(small.engine.module.named_parameters()):
-        ramp = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape) / 1024 + place
+        shape = shape_of(parameter)
+        ramp = torch.arange(shape.numel(), dtype=torch.float32).view(shape) / 1024 + place
         state.load(name, {"master": ramp, "exp_avg": ramp + 0.25, "exp_avg_sq": ramp + 0.5})
     state.finish_loading()
     state.load_counters(state.counters() | {"adam_step": 17.0})
-    kept = stash(optimizer_state(small.engine))
+    states = whole_states(small.engine)
     assert optimizer_state(small.engine).counters()["adam_step"] == 17.0
     found = []
     for name, parameter in small.engine.module.named_parameters():
-        shard = gather(kept.get(name, []), parameter.shape, parameter.device)
-        found.append((parameter.detach().clone(), shard["master"], shard["exp_avg_sq"]))
+        with gathered([parameter]):
+            found.append((parameter.detach().clone(), states[name]["master"], states[name]["exp_avg_sq"]))
     return found
 
 

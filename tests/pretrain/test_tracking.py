@@ -125,6 +125,7 @@ CASES = [
     ("llama", "dense", 2, Case(stage=1, tensor=2, precision="bf16"), 0),
     ("gpt2", "factored", 2, Case(stage=1, tensor=2), 6),
     ("llama", "additive", 2, Case(stage=1, tensor=2), 0),
+    ("gpt2", "factored", 2, Case(stage=3), 6),
 ]
 ALL_CASES = [
     *CASES,
@@ -135,7 +136,7 @@ ALL_CASES = [
         for family in ("llama", "gpt2")
         for parametrization in ("dense", "factored", "additive")
         for tensor in (1, 2)
-        for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "fp16"))
+        for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "fp16"))
     ),
 ]
 

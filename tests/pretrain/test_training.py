@@ -41,16 +41,17 @@ def _train(corpus: Path, folder: Path, processes: int, *overrides: str, **sectio
 
 # The same curve on every layout ---------------------------------------------------------------------------------------
 
-LAYOUTS = [(2, 2, 0), (2, 2, 2), (4, 4, 1), (4, 2, 2), (2, 1, 1)]
-"""Processes, tensor-parallel size, ZeRO stage."""
+LAYOUTS = [(2, 2, 0, False), (2, 2, 2, True), (4, 4, 1, False), (4, 2, 2, False), (2, 1, 1, False), (4, 2, 3, False)]
+"""Processes, tensor-parallel size, ZeRO stage, optimizer offloaded."""
 ALL_LAYOUTS = [
     *LAYOUTS,
     *(
-        (data * tensor, tensor, stage)
+        (data * tensor, tensor, stage, offload)
         for data in (1, 2)
         for tensor in (1, 2, 4)
-        for stage in (0, 1, 2)
-        if data * tensor <= 4 and (data * tensor, tensor, stage) not in LAYOUTS
+        for stage in (0, 1, 2, 3)
+        for offload in (False, True)
+        if data * tensor <= 4 and (stage or not offload) and (data * tensor, tensor, stage, offload) not in LAYOUTS
     ),
 ]
 VARIANTS = [("llama", "factored", "all"), ("gpt2", "factored", "mlp")]
@@ -67,8 +68,9 @@ ALL_VARIANTS = [
 ]
 CURVES = [
     *((variant, layout) for variant in VARIANTS for layout in LAYOUTS),
-    (("llama", "additive", "all"), (4, 4, 1)),
-    (("llama", "additive", "all"), (4, 2, 2)),
+    (("llama", "additive", "all"), (4, 4, 1, False)),
+    (("llama", "additive", "all"), (4, 2, 2, False)),
+    (("gpt2", "additive", "all"), (2, 1, 3, True)),
 ]
 ALL_CURVES = [
     *CURVES,
@@ -110,12 +112,12 @@ def _twenty_steps(family: str, parametrization: str, factored_layers: str) -> di
 
 @pytest.mark.parametrize(("variant", "layout"), ALL_CURVES)
 def test_every_layout_gives_the_same_curve(
-    corpus: Path, tmp_path: Path, alone: Any, variant: tuple[str, str, str], layout: tuple[int, int, int]
+    corpus: Path, tmp_path: Path, alone: Any, variant: tuple[str, str, str], layout: tuple[int, int, int, bool]
 ) -> None:
     """Losses and gradient norms of 20 steps with two augmentations."""
-    processes, tensor, stage = layout
+    processes, tensor, stage, offload = layout
     sections = _twenty_steps(*variant)
-    overrides = [f"parallel.tensor={tensor}", f"deepspeed.stage={stage}"]
+    overrides = [f"parallel.tensor={tensor}", f"deepspeed.stage={stage}", f"deepspeed.offload_optimizer={offload}"]
     found = curve(_train(corpus, tmp_path / "run", processes, *overrides, **sections))
     expected = alone(*variant)
     assert [line["step"] for line in found] == list(range(1, 21))
@@ -128,7 +130,9 @@ def test_every_layout_gives_the_same_curve(
 # Precision, schedules, policies ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "family"), [(1, "llama"), (2, "gpt2")])
+@pytest.mark.parametrize(
+    ("stage", "family"), [(1, "llama"), (2, "gpt2"), pytest.param(3, "llama", marks=pytest.mark.matrix)]
+)
 def test_bf16_follows_fp32(corpus: Path, tmp_path: Path, stage: int, family: str) -> None:
     sections = _twenty_steps(family, "factored", "all")
     exact = curve(_train(corpus, tmp_path / "fp32", 2, "parallel.tensor=2", **sections))
@@ -138,7 +142,9 @@ def test_bf16_follows_fp32(corpus: Path, tmp_path: Path, stage: int, family: str
         assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize(("stage", "family"), [(1, "gpt2"), (2, "llama")])
+@pytest.mark.parametrize(
+    ("stage", "family"), [(1, "gpt2"), (2, "llama"), pytest.param(3, "gpt2", marks=pytest.mark.matrix)]
+)
 def test_fp16_skips_until_its_scale_fits_and_grows(corpus: Path, tmp_path: Path, stage: int, family: str) -> None:
     """Skipped steps are counted and leave Adam's step count alone; the loss scale survives both events and a resume."""
     file = tmp_path / "deepspeed.json"
@@ -206,7 +212,7 @@ def test_what_was_measured_decides_alike_on_every_layout(
         [
             (1, ["deepspeed.stage=0"]),
             (2, ["parallel.tensor=2", "deepspeed.stage=1"]),
-            (2, ["train.micro_batch=2", "deepspeed.stage=2"]),
+            (2, ["train.micro_batch=2", "deepspeed.stage=3"]),
         ]
     ):
         folder = _train(corpus, tmp_path / f"run_{number}", processes, *overrides, **sections)
@@ -273,10 +279,21 @@ RESUMES = [
     ({"parallel.tensor": 1, "deepspeed.stage": 2, "train.precision": "bf16"}, "gpt2"),
     ({"parallel.tensor": 1, "deepspeed.stage": 0}, "gpt2"),
     ({"parallel.tensor": 2, "train.precision": "bf16", "model.parametrization": "additive"}, "gpt2"),
-    pytest.param(
-        {"deepspeed.stage": 2, "model.parametrization": "additive", "model.trained": "factors"},
-        "llama",
-        marks=pytest.mark.matrix,
+    ({"deepspeed.stage": 3, "train.precision": "bf16", "deepspeed.offload_optimizer": True, **GRADIENT}, "gpt2"),
+    *(
+        pytest.param(
+            {"deepspeed.stage": stage, "model.parametrization": "additive", "model.trained": "factors"},
+            "llama",
+            marks=pytest.mark.matrix,
+        )
+        for stage in (2, 3)
+    ),
+    *(
+        pytest.param(
+            {"deepspeed.stage": stage, "deepspeed.offload_optimizer": offload}, family, marks=pytest.mark.matrix
+        )
+        for stage, offload in ((1, True), (2, True), (3, False))
+        for family in ("llama", "gpt2")
     ),
 ]
 
@@ -310,12 +327,20 @@ def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: di
                 assert torch.equal(found.read(name, key), final.read(name, key)), f"{key} of {name} from step {step}"
 
 
-def test_another_layout_takes_over(corpus: Path, tmp_path: Path) -> None:
-    """Two tensor-parallel processes begin, two data-parallel ones go on: the same curve to rounding."""
-    whole = _train(corpus, tmp_path / "whole", 2, "parallel.tensor=2", "checkpoint.every=6")
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (["parallel.tensor=2"], ["parallel.tensor=1", "deepspeed.stage=2"]),
+        (["deepspeed.stage=3", "deepspeed.offload_optimizer=true"], ["parallel.tensor=2"]),
+        (["deepspeed.stage=2"], ["deepspeed.stage=3"]),
+    ],
+)
+def test_another_layout_takes_over(corpus: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
+    """Two processes begin on one layout and go on on another: the same curve to rounding."""
+    whole = _train(corpus, tmp_path / "whole", 2, *first, "checkpoint.every=6")
     again = tmp_path / "again"
     _cut_back(whole, again, 6)
-    _train(corpus, again, 2, "parallel.tensor=1", "deepspeed.stage=2")
+    _train(corpus, again, 2, *then)
     for mine, other in zip(curve(again), curve(whole), strict=True):
         assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
 
