@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.gpt import EspalierModel
 from model.process_groups import DeepSpeedProcessGroups, tensor_group, tensor_index
-from pretrain.partitioned import fetch_tied_weight, forget_engine
+from pretrain.partitioned import fetch_tied_weight, forget_engine, shape_of
 from pretrain.schedule import OptimizerConfig
 
 
@@ -25,7 +25,7 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.trained_parameters().items():
-        dense_weight = parameter.dim() > 1 and not name.endswith((".A", ".B"))
+        dense_weight = len(shape_of(parameter)) > 1 and not name.endswith((".A", ".B"))
         (decayed if dense_weight else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
