@@ -15,13 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.arithmetic import statistic_parts
 from model.process_groups import tensor_group, tensor_index, tensor_size
 from model.recomputation import kept
-
-
-def parts_needed(element_bytes: int) -> int:
-    """How many numbers of that size hold an fp32 statistic to 4e-6 or better: one bf16 alone would err by 0.2 %."""
-    return 1 if element_bytes >= 4 else 2
 
 
 class _Down(torch.autograd.Function):
@@ -52,7 +48,8 @@ class _ReducedDown(torch.autograd.Function):
         ctx.index = tensor_index()
         buffer = kept(lambda: _reduced(tokens, A, statistics, rows))
         product, everyone, every_rows = _regions(buffer, tokens, A, statistics, rows)
-        return product, everyone.float().sum(dim=2), every_rows
+        # Rows of their own, or they would keep the whole buffer alive.
+        return product, everyone.float().sum(dim=2), every_rows.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,7 +61,7 @@ class _ReducedDown(torch.autograd.Function):
 def _reduced(tokens: Tensor, A: Tensor, statistics: Tensor, rows: Tensor) -> Tensor:
     """The flat buffer of one all-reduce: `(tokens + tp·m) · (rank + tp·k·parts)` numbers."""
     processes, index = tensor_size(), tensor_index()
-    width = statistics.shape[1] * parts_needed(tokens.element_size())
+    width = statistics.shape[1] * statistic_parts(tokens.element_size())
     size = (tokens.shape[0] + processes * rows.shape[0]) * (A.shape[0] + processes * width)
     buffer = tokens.new_empty(size)
     product, everyone, every_rows = _regions(buffer, tokens, A, statistics, rows)
@@ -84,7 +81,7 @@ def _regions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Views of the buffer: the product `(tokens, rank)`, statistics `(tokens, tp, parts, k)`, rows `(tp, m, rank)`."""
     count, rank, processes = tokens.shape[0], A.shape[0], tensor_size()
-    parts = parts_needed(buffer.element_size())
+    parts = statistic_parts(buffer.element_size())
     sizes = [count * rank, count * processes * parts * statistics.shape[1], processes * rows.shape[0] * rank]
     product, everyone, every_rows = buffer[: sum(sizes)].split(sizes)
     return (
