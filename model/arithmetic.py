@@ -97,7 +97,9 @@ def kept_activation_bytes(
             kept.append(element_bytes * stream + bottlenecks)
         else:
             masks = 2 * element_bytes * stream if config.hidden_dropout > 0.0 else 0
-            inputs = sum(_input_bytes(config, p, ranks.get(p.name), stream, tensor_parallel, element_bytes) for p in four)
+            inputs = sum(
+                _input_bytes(config, p, ranks.get(p.name), stream, tensor_parallel, element_bytes) for p in four
+            )
             kept.append(_attention_and_mlp_bytes(config, tensor_parallel, element_bytes) + inputs + masks)
     return kept
 

@@ -84,7 +84,8 @@ class FactoredLinear(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the
         caller."""
-        A, B = self.A, self.B
+        A: Tensor = self.A
+        B: Tensor = self.B
         if self.probe is not None:  # its columns of the bottleneck ride in the same collectives
             A, B = torch.cat([A, self.probe.A]), torch.cat([B, self.probe.B], dim=1)
         added = None if self.skip_bias_add else self.bias

@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Allocations(TorchDispatchMode):
-    """Notes the storage of every tensor that an operation returns, without keeping it alive."""
+class Allocations(TorchDispatchMode):
+    """Notes the storage of every tensor that an operation returns, without keeping it alive.
+
+    with Allocations() as allocations:
+        loss = model(tokens)
+    allocations.alive_bytes()  # what the graph behind `loss` holds, and `loss`
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,12 +32,5 @@ class _Allocations(TorchDispatchMode):
         return result
 
     def alive_bytes(self) -> int:
+        """Of the storages that still live."""
         return sum(size for storage, size in self._bytes.items() if not storage.expired())
-
-
-def kept_bytes(compute: Callable[[], Tensor]) -> int:
-    """Bytes that `compute` allocated and that live as long as its result does."""
-    with _Allocations() as allocations:
-        result = compute()
-    assert result.requires_grad
-    return allocations.alive_bytes()

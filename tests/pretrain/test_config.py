@@ -171,6 +171,15 @@ def test_stage_0_in_16_bits_is_refused_and_the_rest_of_the_matrix_is_not(precisi
         assert configured(deepspeed={"stage": stage}, train={"precision": precision}).deepspeed.stage == stage
 
 
+@pytest.mark.parametrize(
+    "model", [{"parametrization": "dense"}, {"parametrization": "additive"}, {"factored_layers": "mlp"}]
+)
+def test_only_wholly_factored_models_keep_bottlenecks_alone(model):
+    assert configured(model=model, train={"recompute": "layers"}).train.recompute == "layers"
+    with pytest.raises(ConfigError, match=r"^train\.recompute factors keeps .* set train\.recompute=layers$"):
+        configured(model=model, train={"recompute": "factors"})
+
+
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
