@@ -119,17 +119,20 @@ def _norm_statistics(config: ModelConfig) -> int:
 
 def _attention_and_mlp_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int) -> int:
     """Saved by what lies between the linear layers, the inputs of `proj` and `fc2` included."""
-    qkv_width = (config.heads + 2 * config.groups) * config.head_size
+    own_heads, own_groups = config.heads // tensor_parallel, max(1, config.groups // tensor_parallel)
+    queries = own_heads * config.head_size
+    qkv = (config.heads + 2 * config.groups) * config.head_size
+    if config.groups >= tensor_parallel:  # else megatron-core gathers those of all processes
+        qkv //= tensor_parallel
     if config.family == "gpt2":
-        attention = qkv_width
-    elif config.groups < config.heads:
-        attention = 3 * config.hidden  # rotated queries; keys and values, repeated
+        attention = qkv
+    elif own_groups < own_heads:
+        attention = 3 * queries  # rotated queries; keys and values, repeated
     else:
-        attention = 2 * config.hidden + qkv_width  # rotated queries and keys; values are a view of all three
-    mlp = (5 if config.gated else 2) * config.ffn_width
-    numbers = attention + config.hidden + mlp
-    log_sums = 4 * config.heads
-    return (element_bytes * numbers + log_sums) // tensor_parallel
+        attention = 2 * queries + qkv  # rotated queries and keys; values are a view of all three
+    mlp = (5 if config.gated else 2) * config.ffn_width // tensor_parallel
+    log_sums = 4 * own_heads
+    return element_bytes * (attention + queries + mlp) + log_sums
 
 
 def _input_bytes(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from model.bottleneck import down, up
 from model.process_groups import tensor_size
-from model.sharded_norm import NormKind, centred, mark_sharded, mean_and_scale, new_sharded_vector, root_mean_square
+from model.sharded_norm import NormKind, local_statistics, mark_sharded, mean_and_scale, new_sharded_vector
 
 
 @dataclass
@@ -99,14 +99,13 @@ class FactoredLinear(nn.Module):
             no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
             return down(tokens, A, no_statistics, nothing)[0]
         scaled_A = A * self.norm_weight
+        statistics, values = local_statistics(tokens, self.norm)
         if self.norm_bias is None:
-            product, everyone, _ = down(tokens, scaled_A, root_mean_square(tokens), nothing)
+            product, everyone, _ = down(values, scaled_A, statistics, nothing)
             _, scale = mean_and_scale(everyone, self.epsilon)
             return (product * scale).to(tokens.dtype)  # fp32 times 16 bits is computed in fp32
-        local_mean, rest = centred(tokens)
-        statistics = torch.cat([local_mean, root_mean_square(rest)], dim=-1)
         sums = torch.stack([scaled_A.sum(dim=1), A @ self.norm_bias])
-        product, everyone, rows = down(rest, scaled_A, statistics, sums)
+        product, everyone, rows = down(values, scaled_A, statistics, sums)
         mean, scale = mean_and_scale(everyone, self.epsilon)
         between = (everyone[..., 0] - mean) @ rows[:, 0].float()
         return ((product + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)

@@ -9,7 +9,8 @@
 `torch.utils.checkpoint` does it (without reentrance): megatron-core 0.16.1's own checkpointing saves the states of CUDA
 generators and raises on a CPU. There is no generator state to save here, because dropout draws its masks from counters;
 they are set back to where they stood in the forward pass. For `factors` a tape keeps what `model/bottleneck.py` gets
-from its products with A, and plays it back instead of computing and communicating again.
+from its products with A, and plays it back instead of computing and communicating again. (With more tensor-parallel
+processes than query groups megatron-core 0.16.1 gathers q, k and v between B and attention: this is done again.)
 """
 
 from collections.abc import Callable, Iterator

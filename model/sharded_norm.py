@@ -21,25 +21,21 @@ from model.process_groups import tensor_size
 NormKind = Literal["rmsnorm", "layernorm"]
 
 
-def centred(shard: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of `shard (tokens, width/tp)`, `(tokens, 1)` in fp32, and the shard without it."""
+def local_statistics(shard: Tensor, kind: NormKind) -> tuple[Tensor, Tensor]:
+    """What one process knows of `shard (tokens, width/tp)`: `(tokens, 1)` its rms, or `(tokens, 2)` its mean and
+    standard deviation, in fp32; and the shard, for LayerNorm without its mean."""
+    if kind == "rmsnorm":
+        return _root_mean_square(shard), shard
     mean = shard.mean(-1, keepdim=True, dtype=torch.float32)
-    return mean, (shard - mean).to(shard.dtype)
+    centred = (shard - mean).to(shard.dtype)
+    return torch.cat([mean, _root_mean_square(centred)], dim=-1), centred
 
 
-def root_mean_square(values: Tensor) -> Tensor:
-    """Of `values (tokens, width)`: `(tokens, 1)` in fp32, with a zero gradient where all are zero."""
+def _root_mean_square(values: Tensor) -> Tensor:
+    """`(tokens, 1)` in fp32, with a zero gradient where all are zero. Autograd saves `values` as they are: a square in
+    fp32 would keep a copy of 16-bit ones at twice their size."""
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
     return norm / values.shape[-1] ** 0.5
-
-
-def local_statistics(shard: Tensor, kind: NormKind) -> Tensor:
-    """What one process knows of `shard (tokens, width/tp)`: `(tokens, 1)` its rms, or `(tokens, 2)` its mean and
-    standard deviation, in fp32."""
-    if kind == "rmsnorm":
-        return root_mean_square(shard)
-    mean, rest = centred(shard)
-    return torch.cat([mean, root_mean_square(rest)], dim=-1)
 
 
 def mean_and_scale(statistics: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -82,7 +78,8 @@ class ShardedNorm(nn.Module):
         tokens = stream.flatten(0, -2)
         # fp32 for the exchange: two numbers a token are not worth rounding.
         nothing = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
-        _, statistics, _ = down(nothing, nothing[:0], local_statistics(tokens, self.kind), nothing[:0])
+        statistics, _ = local_statistics(tokens, self.kind)
+        _, statistics, _ = down(nothing, nothing[:0], statistics, nothing[:0])
         mean, scale = mean_and_scale(copy_to_group(statistics), self.epsilon)
         normalized = ((tokens.float() - mean) * scale).to(stream.dtype) * self.weight
         if self.bias is not None:
