@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, from its config and ranks alone.
+"""Parameters, floating-point operations and kept activations of a model, from its config and ranks alone.
 
 A linear layer takes 2 FLOPs a weight and token forward and twice that backward: 6·out·in dense, 6·r·(in+out) factored.
 A frozen weight needs no gradient of its own, only that of its input: 4·out·in, so 4·out·in + 6·r·(in+out) additive.
@@ -8,7 +8,7 @@ Megatron-LM and PaLM, appendix B). Embedding look-ups count nothing, the output 
 
 from collections.abc import Mapping
 
-from model.config import ModelConfig, Projection, projections
+from model.config import ModelConfig, Projection, Recompute, projections
 
 
 def projection_parameters(projection: Projection, rank: int | None) -> int:
@@ -69,3 +69,95 @@ def training_flops_per_token(config: ModelConfig, ranks: Mapping[str, int]) -> i
     attention = 12 * config.sequence_length * config.hidden * config.layers
     output = (4 if ranks and config.trained == "factors" else 6) * config.padded_vocabulary * config.hidden
     return 6 * linear_parameters(config, ranks) - 2 * _frozen_weights(config, ranks) + attention + output
+
+
+def statistic_parts(element_bytes: int) -> int:
+    """How many numbers of that size hold an fp32 statistic to 4e-6 or better: one bf16 alone would err by 0.2 %."""
+    return 1 if element_bytes >= 4 else 2
+
+
+def kept_activation_bytes(
+    config: ModelConfig, ranks: Mapping[str, int], recompute: Recompute, *, tensor_parallel: int, element_bytes: int
+) -> list[int]:
+    """Bytes a token that each transformer layer keeps on one process from its forward to its backward pass.
+
+    While a layer is recomputed, it also holds what it would have kept with `none`. Embedding, final norm, logits and
+    loss are not counted, nor is what does not grow with the tokens. For `none` attention is a flash kernel (which a CPU
+    does not have for dropout), all parameters are trained, and a norm of the `dense` and `additive` llama is composed
+    of elementary operations, as torch 2.13 does it on a CPU: its fused CUDA kernel keeps less.
+    """
+    stream = config.hidden // (tensor_parallel if config.parametrization == "factored" else 1)
+    kept = []
+    for layer in range(config.layers):
+        four = [p for p in projections(config) if p.layer == layer]
+        if recompute == "layers":
+            kept.append(element_bytes * stream)
+        elif recompute == "factors":
+            bottlenecks = sum(_bottleneck_bytes(config, p, ranks[p.name], tensor_parallel, element_bytes) for p in four)
+            kept.append(element_bytes * stream + bottlenecks)
+        else:
+            masks = 2 * element_bytes * stream if config.hidden_dropout > 0.0 else 0
+            inputs = sum(
+                _input_bytes(config, p, ranks.get(p.name), stream, tensor_parallel, element_bytes) for p in four
+            )
+            kept.append(_attention_and_mlp_bytes(config, tensor_parallel, element_bytes) + inputs + masks)
+    return kept
+
+
+def _bottleneck_bytes(
+    config: ModelConfig, projection: Projection, rank: int, tensor_parallel: int, element_bytes: int
+) -> int:
+    """Of one row of the all-reduced buffer (of the product alone, where there is nothing to reduce)."""
+    statistics = tensor_parallel * statistic_parts(element_bytes) * _norm_statistics(config)
+    return element_bytes * (rank + (statistics if projection.normed and tensor_parallel > 1 else 0))
+
+
+def _norm_statistics(config: ModelConfig) -> int:
+    """Root mean square, or mean and standard deviation."""
+    return 1 if config.family == "llama" else 2
+
+
+def _attention_and_mlp_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int) -> int:
+    """Saved by what lies between the linear layers, the inputs of `proj` and `fc2` included."""
+    own_heads, own_groups = config.heads // tensor_parallel, max(1, config.groups // tensor_parallel)
+    queries = own_heads * config.head_size
+    qkv = (config.heads + 2 * config.groups) * config.head_size
+    if config.groups >= tensor_parallel:  # else megatron-core gathers those of all processes
+        qkv //= tensor_parallel
+    if config.family == "gpt2":
+        attention = qkv
+    elif own_groups < own_heads:
+        attention = 3 * queries  # rotated queries; keys and values, repeated
+    else:
+        attention = 2 * queries + qkv  # rotated queries and keys; values are a view of all three
+    mlp = (5 if config.gated else 2) * config.ffn_width // tensor_parallel
+    log_sums = 4 * own_heads
+    return element_bytes * (attention + queries + mlp) + log_sums
+
+
+def _input_bytes(
+    config: ModelConfig,
+    projection: Projection,
+    rank: int | None,
+    stream: int,
+    tensor_parallel: int,
+    element_bytes: int,
+) -> int:
+    """Saved by a norm and the bottleneck behind it, or by the bottleneck alone."""
+    statistics = _norm_statistics(config)
+    bottleneck = element_bytes * (rank or 0)
+    if not projection.normed:
+        return bottleneck
+    shared = 4 * (2 + tensor_parallel if statistics == 1 else 2 + 3 * tensor_parallel)
+    if projection.fused_norm and rank is not None:
+        if statistics == 1:
+            product = _bottleneck_bytes(config, projection, rank, tensor_parallel, element_bytes)
+        else:
+            product = 4 * (rank + tensor_parallel)
+        return element_bytes * stream + shared + product + bottleneck
+    whole = element_bytes * config.hidden  # what the column-parallel layer takes
+    if config.parametrization == "factored":
+        return (2 * element_bytes + 4) * stream + shared + whole
+    if statistics == 1:
+        return 8 * stream + 4 + whole + bottleneck
+    return element_bytes * stream + 2 * element_bytes + whole + bottleneck

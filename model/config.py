@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Family = Literal["llama", "gpt2"]
 Parametrization = Literal["dense", "factored", "additive"]
 ProjectionKind = Literal["qkv", "proj", "fc1", "fc2"]
+Recompute = Literal["none", "factors", "layers"]
+"""What a layer computes again in its backward pass (`model/recomputation.py`)."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -180,3 +182,13 @@ def projections(config: ModelConfig) -> list[Projection]:
 def factored_projections(config: ModelConfig) -> list[Projection]:
     """The linear layers that have a rank."""
     return [projection for projection in projections(config) if projection.factored]
+
+
+def check_recompute(config: ModelConfig, recompute: Recompute) -> None:
+    """ValueError if layers of this model have no bottlenecks to keep in place of their activations."""
+    if recompute == "factors" and (config.parametrization != "factored" or config.factored_layers != "all"):
+        raise ValueError(
+            "train.recompute factors keeps the bottlenecks of model.parametrization factored with "
+            f"model.factored_layers all, and the model is {config.parametrization} in {config.factored_layers}: "
+            "set train.recompute=layers"
+        )

@@ -7,7 +7,8 @@ generator with one seed would give every hidden shard the same mask.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,16 @@ class DropoutCounter:
     seed: int
     step: int = 0
     micro_step: int = 0
+
+    @contextmanager
+    def at(self, step: int, micro_step: int) -> Iterator[None]:
+        """Stands there for a while, whatever comes in between."""
+        now = self.step, self.micro_step
+        self.step, self.micro_step = step, micro_step
+        try:
+            yield
+        finally:
+            self.step, self.micro_step = now
 
     def site_seed(self, layer: int, site: str, sharded: bool) -> int:
         """Seed of one mask: 63 bits of a SHA-256 over all counters."""

@@ -22,7 +22,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from model.collectives import copy_to_group, reduce_bottleneck
+from model.bottleneck import down, up
 from model.process_groups import tensor_size
 from model.sharded_norm import NormKind, local_statistics, mark_sharded, mean_and_scale, new_sharded_vector
 
@@ -80,34 +80,31 @@ class FactoredLinear(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the
         caller."""
-        A = self.A if self.probe is None else torch.cat([self.A, self.probe.A])
-        bottleneck = copy_to_group(self._bottleneck(hidden.flatten(0, -2), A))
+        A: Tensor = self.A
+        B: Tensor = self.B
+        if self.probe is not None:  # its columns of the bottleneck ride in the same collectives
+            A, B = torch.cat([A, self.probe.A]), torch.cat([B, self.probe.B], dim=1)
         added = None if self.skip_bias_add else self.bias
-        if self.probe is None:
-            output = nn.functional.linear(bottleneck, self.B, added)
-        else:
-            output = nn.functional.linear(bottleneck[:, : self.rank], self.B, added)
-            output = output + nn.functional.linear(bottleneck[:, self.rank :], self.probe.B)
+        output = up(self._bottleneck(hidden.flatten(0, -2), A), B, added)
         return output.view(*hidden.shape[:-1], -1), self.bias if self.skip_bias_add else None
 
     def _bottleneck(self, tokens: Tensor, A: Tensor) -> Tensor:
         """`A norm(x)`, `(tokens, in/tp)` to `(tokens, rank)`, the same on all processes."""
+        nothing = tokens.new_empty(0, A.shape[0])
         if self.norm is None or self.norm_weight is None:
             no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
-            return reduce_bottleneck(tokens @ A.t(), no_statistics, A.new_empty(0, A.shape[0]))[0]
-        statistics = local_statistics(tokens, self.norm)
+            return down(tokens, A, no_statistics, nothing)[0]
         scaled_A = A * self.norm_weight
+        statistics, values = local_statistics(tokens, self.norm)
         if self.norm_bias is None:
-            no_rows = scaled_A.new_empty(0, A.shape[0])
-            product, everyone, _ = reduce_bottleneck(tokens @ scaled_A.t(), statistics, no_rows)
+            product, everyone, _ = down(values, scaled_A, statistics, nothing)
             _, scale = mean_and_scale(everyone, self.epsilon)
-            return (product.float() * scale).to(tokens.dtype)
-        centred = (tokens.float() - statistics[:, :1]).to(tokens.dtype)
+            return (product * scale).to(tokens.dtype)  # fp32 times 16 bits is computed in fp32
         sums = torch.stack([scaled_A.sum(dim=1), A @ self.norm_bias])
-        product, everyone, rows = reduce_bottleneck(centred @ scaled_A.t(), statistics, sums)
+        product, everyone, rows = down(values, scaled_A, statistics, sums)
         mean, scale = mean_and_scale(everyone, self.epsilon)
         between = (everyone[..., 0] - mean) @ rows[:, 0].float()
-        return ((product.float() + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)
+        return ((product + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)
 
     def extra_repr(self) -> str:
         return f"in={self.input_size}, out={self.output_size}, rank={self.rank}, norm={self.norm}"

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from model.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParallelLinear
 from model.attention import ScaledDotProductAttention
 from model.collectives import all_gathered
-from model.config import ModelConfig, Projection, factored_projections, projections
+from model.config import ModelConfig, Projection, Recompute, check_recompute, factored_projections, projections
 from model.dense_in_stream import StreamColumnParallelLinear, StreamRowParallelLinear
 from model.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
 from model.embedding import StreamEmbedding
 from model.factored_linear import FactoredLinear
 from model.initialization import initial_tensor
 from model.process_groups import device, tensor_index, tensor_size
+from model.recomputation import RecomputedLayer
 from model.sharded_norm import NormKind, ShardedNorm, mark_sharded
 from model.sharding import TensorLayout
 
@@ -77,8 +78,10 @@ def _tanh_gelu(values: Tensor) -> Tensor:
 class _LayerSpecs:
     """Builds one layer spec after the other; they differ in ranks and dropout sites."""
 
-    def __init__(self, config: ModelConfig, ranks: Mapping[str, int], counter: DropoutCounter) -> None:
-        self.config, self.ranks, self.counter = config, ranks, counter
+    def __init__(
+        self, config: ModelConfig, ranks: Mapping[str, int], counter: DropoutCounter, recompute: Recompute
+    ) -> None:
+        self.config, self.ranks, self.counter, self.recompute = config, ranks, counter, recompute
         self.in_stream = config.parametrization == "factored"
 
     def block(self) -> TransformerBlockSubmodules:
@@ -103,8 +106,10 @@ class _LayerSpecs:
         mlp = ModuleSpec(
             module=MLP, submodules=MLPSubmodules(linear_fc1=self._linear(fc1), linear_fc2=self._linear(fc2))
         )
+        recomputed = {"recompute": self.recompute, "counter": self.counter}
         return ModuleSpec(
-            module=TransformerLayer,
+            module=TransformerLayer if self.recompute == "none" else RecomputedLayer,
+            params={} if self.recompute == "none" else recomputed,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=IdentityOp if qkv.fused_norm else self._norm(),
                 self_attention=attention,
@@ -156,11 +161,11 @@ class EspalierModel(GPTModel):
     logits `(batch, seq, padded_vocabulary/tp)`.
     """
 
-    def __init__(self, config: ModelConfig, ranks: Mapping[str, int], seed: int) -> None:
+    def __init__(self, config: ModelConfig, ranks: Mapping[str, int], seed: int, recompute: Recompute) -> None:
         counter = DropoutCounter(seed)
         super().__init__(
             config=_transformer_config(config),
-            transformer_layer_spec=_LayerSpecs(config, ranks, counter).block(),
+            transformer_layer_spec=_LayerSpecs(config, ranks, counter, recompute).block(),
             vocab_size=config.padded_vocabulary,
             max_sequence_length=config.sequence_length,
             position_embedding_type="rope" if config.family == "llama" else "learned_absolute",
@@ -224,14 +229,18 @@ class EspalierModel(GPTModel):
         return {name: layer.rank for name, layer in self.factored_layers().items()}
 
 
-def build_model(config: ModelConfig, ranks: Mapping[str, int], *, seed: int) -> EspalierModel:
+def build_model(
+    config: ModelConfig, ranks: Mapping[str, int], *, seed: int, recompute: Recompute = "none"
+) -> EspalierModel:
     """The shard of this process, with initial values that do not depend on the number of processes.
 
-    `ranks` names the rank of every factored projection. Raises `ValueError` if the vocabulary is not known yet.
+    `ranks` names the rank of every factored projection, `recompute` what layers compute again in the backward pass
+    of each step. Raises `ValueError` if the vocabulary is not known yet, or if the model cannot recompute so.
     """
     if config.vocabulary == 0:
         raise ValueError("the vocabulary is not known: set model.vocabulary or data.tokenizer")
-    return EspalierModel(config, ranks, seed)
+    check_recompute(config, recompute)
+    return EspalierModel(config, ranks, seed, recompute)
 
 
 def tensor_layouts(model: nn.Module) -> dict[str, TensorLayout]:

@@ -14,23 +14,28 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.collectives import copy_to_group, reduce_bottleneck
+from model.bottleneck import down
+from model.collectives import copy_to_group
 from model.process_groups import tensor_size
 
 NormKind = Literal["rmsnorm", "layernorm"]
 
-# The root of an all-zero shard must have a finite gradient; far below any epsilon in use.
-_SMALLEST_SQUARE = 1e-30
 
-
-def local_statistics(shard: Tensor, kind: NormKind) -> Tensor:
+def local_statistics(shard: Tensor, kind: NormKind) -> tuple[Tensor, Tensor]:
     """What one process knows of `shard (tokens, width/tp)`: `(tokens, 1)` its rms, or `(tokens, 2)` its mean and
-    standard deviation, in fp32."""
-    values = shard.float()
+    standard deviation, in fp32; and the shard, for LayerNorm without its mean."""
     if kind == "rmsnorm":
-        return values.square().mean(-1, keepdim=True).add(_SMALLEST_SQUARE).sqrt()
-    mean = values.mean(-1, keepdim=True)
-    return torch.cat([mean, (values - mean).square().mean(-1, keepdim=True).add(_SMALLEST_SQUARE).sqrt()], dim=-1)
+        return _root_mean_square(shard), shard
+    mean = shard.mean(-1, keepdim=True, dtype=torch.float32)
+    centred = (shard - mean).to(shard.dtype)
+    return torch.cat([mean, _root_mean_square(centred)], dim=-1), centred
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    """`(tokens, 1)` in fp32, with a zero gradient where all are zero. Autograd saves `values` as they are: a square in
+    fp32 would keep a copy of 16-bit ones at twice their size."""
+    norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm / values.shape[-1] ** 0.5
 
 
 def mean_and_scale(statistics: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,8 @@ class ShardedNorm(nn.Module):
         tokens = stream.flatten(0, -2)
         # fp32 for the exchange: two numbers a token are not worth rounding.
         nothing = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
-        _, statistics, _ = reduce_bottleneck(nothing, local_statistics(tokens, self.kind), nothing[:0])
+        statistics, _ = local_statistics(tokens, self.kind)
+        _, statistics, _ = down(nothing, nothing[:0], statistics, nothing[:0])
         mean, scale = mean_and_scale(copy_to_group(statistics), self.epsilon)
         normalized = ((tokens.float() - mean) * scale).to(stream.dtype) * self.weight
         if self.bias is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from model.config import ModelConfig, factored_projections
+from model.config import ModelConfig, Recompute, check_recompute, factored_projections
 from pretrain.config_file import explain, find_file, merge, parse_override, read_settings
 from pretrain.corpus import DataConfig
 from pretrain.errors import ConfigError
@@ -55,6 +55,9 @@ class TrainConfig(_Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of weights and arithmetic; masters are fp32"
+    )
+    recompute: Recompute = Field(
+        "none", description="in the backward pass: nothing, all but the bottlenecks (factors), or whole layers"
     )
     clip: float = Field(1.0, ge=0.0, description="largest norm of the whole gradient; 0: not clipped")
     validate_every: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
@@ -130,6 +133,7 @@ class RunConfig(_Section):
         check_schedule(self.schedule, self.train.steps)
         if self.train.batch_ramp is not None:
             check_ramp(self.train.batch_ramp, self.train.global_batch, self.train.steps)
+        check_recompute(self.model, self.train.recompute)
         check_rank_config(self.rank, factored_projections(self.model), self.train.steps)
         if self.deepspeed.stage == 0 and self.train.precision != "fp32":
             # DeepSpeed's 16-bit optimizers without ZeRO take a throw-away Adam step when they are built, and their

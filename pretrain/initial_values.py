@@ -54,7 +54,7 @@ class InitialValues:
 def initial_model(config: RunConfig) -> EspalierModel:
     """This process's shard of the model at step 0."""
     values = InitialValues(config)
-    model = build_model(config.model, values.ranks, seed=config.run.seed)
+    model = build_model(config.model, values.ranks, seed=config.run.seed, recompute=config.train.recompute)
     if config.checkpoint.start_from is not None:
         layouts = tensor_layouts(model)
         for name, parameter in model.named_parameters():

@@ -77,7 +77,8 @@ class Trainer:
         if reader is None:
             self.engine = self._new_engine(together(lambda: initial_model(config)))
         else:
-            self.engine = self._new_engine(build_model(config.model, reader.state["ranks"], seed=config.run.seed))
+            ranks, recompute = reader.state["ranks"], config.train.recompute
+            self.engine = self._new_engine(build_model(config.model, ranks, seed=config.run.seed, recompute=recompute))
             self._restore(reader)
         self.rank_control = RankControl(config, self.model)
         if reader is not None:

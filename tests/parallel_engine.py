@@ -12,7 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor
 
-from model.config import ModelConfig, factored_projections
+from model.config import ModelConfig, Recompute, factored_projections
 from model.gpt import EspalierModel, build_model
 from model.process_groups import data_group, data_index, data_size, initialize_process_groups
 from model.spectrum import row_norm
@@ -38,6 +38,7 @@ class Case:
     accumulation: int = 1
     micro_batch: int = 2
     offload: bool = False
+    recompute: Recompute = "none"
 
 
 def allow_fp16_on_cpu() -> None:
@@ -71,7 +72,7 @@ class SmallRun:
         if not parallel_state.model_parallel_is_initialized():
             initialize_process_groups(case.tensor)
         self.config, self.case, self.step = config, case, 0
-        self.engine = self.new_engine(build_model(config, ranks, seed=1))
+        self.engine = self.new_engine(build_model(config, ranks, seed=1, recompute=case.recompute))
 
     def new_engine(self, model: EspalierModel) -> DeepSpeedEngine:
         return build_engine(model, OPTIMIZER, deepspeed_settings(self.case))

@@ -1,6 +1,9 @@
 """What worker processes do in tests of the model: build it on a layout, load logical tensors, run, gather."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,3 +90,20 @@ def initial_tensors(config: ModelConfig, ranks: Mapping[str, int], tensor_parall
     initialize_process_groups(tensor_parallel)
     model = build_model(config, ranks, seed=5)
     return gather_logical(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+@contextmanager
+def counted_all_reduces() -> Iterator[Counter[int]]:
+    """Numbers in every all-reduce that is called meanwhile: size and how often."""
+    sizes: Counter[int] = Counter()
+    original = dist.all_reduce
+
+    def counting(tensor: Tensor, *arguments: Any, **settings: Any) -> Any:
+        sizes[tensor.numel()] += 1
+        return original(tensor, *arguments, **settings)
+
+    dist.all_reduce = counting
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = original

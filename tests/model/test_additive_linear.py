@@ -1,14 +1,10 @@
 """The additive layers: where they start, what travels, and what a probe measures on them."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig, Projection, factored_projections
@@ -17,6 +13,7 @@ from model.gpt import build_model, tensor_layouts
 from model.process_groups import initialize_process_groups, tensor_index, tensor_size
 from tests.distributed import run
 from tests.parallel_model import (
+    counted_all_reduces,
     gather_logical,
     initial_tensors,
     load_logical,
@@ -51,30 +48,13 @@ def test_starts_as_the_dense_model_on_every_layout(family: str) -> None:
 # Collectives ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _counted() -> Iterator[Counter[int]]:
-    """Numbers in every all-reduce that is called meanwhile: size and how often."""
-    sizes: Counter[int] = Counter()
-    original = dist.all_reduce
-
-    def counting(tensor: Tensor, *arguments: Any, **settings: Any) -> Any:
-        sizes[tensor.numel()] += 1
-        return original(tensor, *arguments, **settings)
-
-    dist.all_reduce = counting
-    try:
-        yield sizes
-    finally:
-        dist.all_reduce = original
-
-
 def _traffic(config: ModelConfig) -> tuple[Counter[int], Counter[int]]:
     initialize_process_groups(2)
     model = build_model(config, _ranks(config), seed=1)
     tokens, labels = some_tokens(config)
-    with _counted() as forward:
+    with counted_all_reduces() as forward:
         loss = model(tokens, positions_of(tokens), None, labels=labels).mean()
-    with _counted() as backward:
+    with counted_all_reduces() as backward:
         loss.backward()
     return forward, backward
 

@@ -1,10 +1,14 @@
 """The factored layer with its fused norm equals `B (A norm(x)) + b` computed plainly, forward and all gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.bottleneck import up
 from model.factored_linear import FactoredLinear
 from model.gpt import _transformer_config
 from model.process_groups import initialize_process_groups, tensor_index
@@ -110,6 +114,50 @@ def test_sixteen_bit_statistics_are_exact_enough(norm: str, dtype: torch.dtype) 
         both = torch.cat([one[0]["y"] for one in pair], dim=-1)
         assert torch.isfinite(both).all()
         assert (both - alone).norm() <= 4 * torch.finfo(dtype).eps * alone.norm() * (1 if offset == 0.0 else 30)
+
+
+class _Log(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def _backward_of_up() -> list[str]:
+    """What happens from the start of the all-reduce to its end."""
+    initialize_process_groups(2)
+    B, bias = torch.ones(OUT, RANK, requires_grad=True), torch.ones(OUT, requires_grad=True)
+    output = up(torch.ones(TOKENS, RANK, requires_grad=True), B, bias)
+    log, wait = _Log(), dist.Work.wait
+
+    def waiting(work: dist.Work, *arguments: Any) -> bool:
+        log.names.append("wait")
+        return wait(work, *arguments)
+
+    dist.Work.wait = waiting  # type: ignore[method-assign,assignment]
+    try:
+        with log:
+            output.backward(torch.ones_like(output))
+    finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
+    assert B.grad is not None
+    assert B.grad.is_contiguous()
+    return log.names[log.names.index("allreduce_") : log.names.index("wait") + 1]
+
+
+def test_gradients_of_B_and_bias_are_computed_while_that_of_the_bottleneck_travels() -> None:
+    for happened in run(_backward_of_up, 2):
+        assert [name for name in happened if name in ("allreduce_", "mm", "sum", "wait")] == [
+            "allreduce_",
+            "mm",
+            "sum",
+            "wait",
+        ]
 
 
 def _norm_alone(processes: int, kind: NormKind) -> tuple[Tensor, Tensor, Tensor]:

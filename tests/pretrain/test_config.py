@@ -177,6 +177,15 @@ def test_offload_without_zero_is_refused():
         configured(deepspeed={"stage": 0, "offload_optimizer": True})
 
 
+@pytest.mark.parametrize(
+    "model", [{"parametrization": "dense"}, {"parametrization": "additive"}, {"factored_layers": "mlp"}]
+)
+def test_only_wholly_factored_models_keep_bottlenecks_alone(model):
+    assert configured(model=model, train={"recompute": "layers"}).train.recompute == "layers"
+    with pytest.raises(ConfigError, match=r"^train\.recompute factors keeps .* set train\.recompute=layers$"):
+        configured(model=model, train={"recompute": "factors"})
+
+
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
