@@ -1,5 +1,6 @@
 """The distributed life of a run: joining, agreeing, leaving."""
 
+import gc
 import os
 import socket
 import sys
@@ -24,6 +25,8 @@ def joined_processes() -> Iterator[int]:
     number.
 
     Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
+    What imports have left behind, a million objects, is taken from the garbage collector: walking them made a full
+    collection, of which every augmentation needs one, take 0.3 s instead of 0.02.
     """
     if sys.prefix != sys.base_prefix:
         # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
@@ -37,9 +40,12 @@ def joined_processes() -> Iterator[int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    gc.collect()
+    gc.freeze()
     try:
         yield dist.get_world_size()
     finally:
+        gc.unfreeze()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

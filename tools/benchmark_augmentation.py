@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 tools/benchmark_augmentation.py --only events memory     (without a GPU: two CPU processes)
     python tools/benchmark_augmentation.py --only spectra --blocks 24               (every layer, nothing scaled)
     python tools/benchmark_augmentation.py --only events --full                     (all 2,000 steps)
-    python tools/benchmark_augmentation.py --blocks 1 --hidden 64 --layers 2 --width 64 --events 2 --repeats 2
+    python tools/benchmark_augmentation.py --hidden 64 --layers 2 --width 128 --vocabulary 500 --events 2 --repeats 2
 
 spectra  all layers of a GPT-2 (24 layers, hidden 1024, rank hidden/4): `measure_spectra` against
          `torch.linalg.svdvals` of every whole product, as InRank takes them. Both are timed on `--blocks` layers of the
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from model.process_groups import initialize_process_groups
 from pretrain.errors import ConfigError, run_command
@@ -41,32 +42,34 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = parse_arguments()
     return_freed_memory_at_once()
-    with joined_processes() as processes:
-        if processes % arguments.tensor:
-            raise ConfigError(f"--tensor {arguments.tensor} does not divide {processes} processes: change one of them")
-        initialize_process_groups(arguments.tensor)
-        facts: dict[str, Any] = {
-            "benchmark": "augmentation",
-            "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "local_rank")},
-            "processes": processes,
-            "commit": git_revision(),
-            "versions": installed_versions(),
-            "hardware": {**hardware(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
-        }
-        _say([_machine_line(facts)])
-        sections: dict[str, Callable[[], tuple[list[Row], Iterator[str]]]] = {
-            "spectra": lambda: spectra(arguments),
-            "events": lambda: events(arguments),
-            "memory": lambda: memory(arguments),
-        }
-        for name in arguments.only:
-            rows, table = sections[name]()
-            facts[name] = rows
-            _say([f"\n## {name}\n", *table])
-        if arguments.json is not None and is_first_process():
-            replace_text(arguments.json, json_text(facts, indent=2) + "\n")
+    with joined_processes():
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """All tables that were asked for, on the processes of the default group."""
+    processes = dist.get_world_size()
+    if processes % arguments.tensor:
+        raise ConfigError(f"--tensor {arguments.tensor} does not divide {processes} processes: change one of them")
+    initialize_process_groups(arguments.tensor)
+    facts: dict[str, Any] = {
+        "benchmark": "augmentation",
+        "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "local_rank")},
+        "processes": processes,
+        "commit": git_revision(),
+        "versions": installed_versions(),
+        "hardware": {**hardware(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+    }
+    _say([_machine_line(facts)])
+    sections: dict[str, Callable[[argparse.Namespace], tuple[list[Row], Iterator[str]]]]
+    sections = {"spectra": spectra, "events": events, "memory": memory}
+    for name in arguments.only:
+        facts[name], table = sections[name](arguments)
+        _say([f"\n## {name}\n", *table])
+    if arguments.json is not None and is_first_process():
+        replace_text(arguments.json, json_text(facts, indent=2) + "\n")
 
 
 def _say(lines: Sequence[str]) -> None:
@@ -83,7 +86,8 @@ def _machine_line(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """From the command line."""
     parser = argparse.ArgumentParser(description="Measure what growing ranks costs.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which tables (all)")
