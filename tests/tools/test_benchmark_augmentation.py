@@ -10,6 +10,7 @@ import pytest
 from megatron.core import parallel_state
 
 from model.process_groups import initialize_process_groups
+from pretrain.processes import imports_out_of_collection
 from tests.distributed import run
 from tools import benchmark_augmentation
 from tools.augmentation_memory import deviation, growing_memory
@@ -21,7 +22,8 @@ TINY = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "50
 def _rows(flags: list[str], file: str) -> None:
     """One process of the benchmark, within the process groups of the test."""
     sys.argv = ["benchmark_augmentation.py", *TINY, *flags, "--json", file]
-    benchmark_augmentation.measure(benchmark_augmentation.parse_arguments())
+    with imports_out_of_collection():
+        benchmark_augmentation.measure(benchmark_augmentation.parse_arguments())
 
 
 def test_benchmark_writes_rows_of_a_real_run(tmp_path: Path) -> None:
@@ -52,7 +54,8 @@ def _held(tensor: int, stage: int, precision: str) -> list[dict[str, Any]]:
         initialize_process_groups(tensor)
     sizes = {"layers": 2, "width": 128, "vocabulary": 500, "sequence": 16, "batch": 1, "first_rank": 16}
     arguments = argparse.Namespace(**sizes, precision=precision, tensor=tensor)
-    return growing_memory(growing_trainer(arguments, stage, [2, 2, 2]))
+    with imports_out_of_collection():
+        return growing_memory(growing_trainer(arguments, stage, [2, 2, 2]))
 
 
 @pytest.mark.parametrize(
