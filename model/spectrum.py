@@ -1,11 +1,12 @@
 """Singular values and norms of a sharded product B·A from its rank x rank Gram matrices.
 
-    s² = eig(G_A^½ G_B G_A^½),     G_A = A Aᵀ,  G_B = Bᵀ B
+    s² = eig(Lᵀ G_B L),     G_A = A Aᵀ = L Lᵀ,  G_B = Bᵀ B
 
 A is split along its columns and B along its rows, so both Grams are sums of local ones (but for the factor of an
 additive layer that every process holds whole): one all-reduce of 2·rank² numbers gives every process the singular
-values without forming B·A. They are accumulated in fp64, for squaring halves the digits, and taken apart by `eigh`, for
-they are only semi-definite: fresh columns of B are zero.
+values without forming B·A. They are accumulated in fp64, for squaring halves the digits. L is Cholesky's factor, or,
+where rows of A are dependent and G_A is only semi-definite, its symmetric root; G_B may always be singular, as fresh
+columns of B are zero.
 """
 
 import math
@@ -52,8 +53,10 @@ def _grams(A: Tensor, B: Tensor, sharded_A: bool, sharded_B: bool) -> Grams:
 
 def singular_values(product: Grams) -> Tensor:
     """All `(rank,)` singular values of B·A, largest first, in fp64."""
-    root = symmetric_root(product.of_A)
-    return torch.linalg.eigvalsh(root @ product.of_B @ root).clamp_min(0.0).sqrt().flip(0)
+    root, failed = torch.linalg.cholesky_ex(product.of_A)  # a tenth of the time of an eigenvalue problem with vectors
+    if failed:
+        root = symmetric_root(product.of_A)
+    return torch.linalg.eigvalsh(root.t() @ product.of_B @ root).clamp_min(0.0).sqrt().flip(0)
 
 
 def energy_rank(values: np.ndarray, share: float) -> int:

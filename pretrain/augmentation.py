@@ -34,7 +34,7 @@ from model.gpt import EspalierModel, LayerWithFactors
 from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
-from model.spectrum import grams, row_norm, singular_values, update_grams
+from model.spectrum import grams, row_norm
 from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import agreed
 from pretrain.optimizer_state import optimizer_state
@@ -76,27 +76,6 @@ class GrowthRecord:
     before: dict[str, int]
     after: dict[str, int]
     seconds: float
-
-
-@torch.no_grad()
-def measure_spectra(model: EspalierModel) -> dict[str, Tensor]:
-    """Singular values `(rank,)` of every factored layer, largest first; a collective over the tensor-parallel group."""
-    spectra = {}
-    for name, layer in model.factored_layers().items():
-        with gathered([layer.A, layer.B]):
-            spectra[name] = singular_values(grams(layer.A, layer.B)).cpu()
-    return spectra
-
-
-@torch.no_grad()
-def measure_updates(model: EspalierModel, initial: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Singular values of every layer's cumulative update B·A - B₀·A₀, largest first; `initial` holds this process's A₀
-    and B₀. A collective over the tensor-parallel group."""
-    spectra = {}
-    for name, layer in model.factored_layers().items():
-        with gathered([layer.A, layer.B]):
-            spectra[name] = singular_values(update_grams(layer.A, layer.B, *initial[name])).cpu()
-    return spectra
 
 
 def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[LayerMeasurement]:

@@ -1,5 +1,6 @@
 """The distributed life of a run: joining, agreeing, leaving."""
 
+import gc
 import os
 import socket
 import sys
@@ -16,6 +17,21 @@ from megatron.core import parallel_state
 from pretrain.errors import ConfigError, EspalierError
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def imports_out_of_collection() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what is there already.
+
+    Imports leave a million objects behind; walking them makes a full collection, of which every augmentation needs one,
+    take 0.3 s instead of 0.02.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -38,7 +54,8 @@ def joined_processes() -> Iterator[int]:
         backend = "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     try:
-        yield dist.get_world_size()
+        with imports_out_of_collection():
+            yield dist.get_world_size()
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

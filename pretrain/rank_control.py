@@ -23,8 +23,6 @@ from pretrain.augmentation import (
     GrowthPlan,
     RankMeasurement,
     layer_measurements,
-    measure_spectra,
-    measure_updates,
     plan_growth,
 )
 from pretrain.checkpoint_reader import CheckpointReader
@@ -38,6 +36,7 @@ from pretrain.probe import GradientProbe
 from pretrain.processes import is_first_process, together
 from pretrain.progress import TrainState, samples_of_the_run
 from pretrain.schedule import global_batch_at
+from pretrain.spectra import measure_spectra, measure_updates
 
 PROBE_NAME = "probe.safetensors"
 """Extra file of a checkpoint written between two probed steps."""

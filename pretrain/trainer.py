@@ -20,7 +20,7 @@ from torch import Tensor
 from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
-from pretrain.augmentation import GrowthRecord, augment, measure_spectra
+from pretrain.augmentation import GrowthRecord, augment
 from pretrain.checkpoint_format import KEYS
 from pretrain.checkpoint_reader import CheckpointReader
 from pretrain.checkpoint_writer import write_checkpoint
@@ -38,6 +38,7 @@ from pretrain.processes import together
 from pretrain.progress import TrainState
 from pretrain.rank_control import Answer, RankControl
 from pretrain.schedule import global_batch_at, learning_rate
+from pretrain.spectra import measure_spectra
 from pretrain.spectrum_report import Measurement
 from pretrain.tracking import Tracker
 

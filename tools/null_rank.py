@@ -28,12 +28,13 @@ from model.gpt import EspalierModel, build_model
 from model.initialization import generator_for, new_directions
 from model.process_groups import single_process
 from model.spectrum import row_norm
-from pretrain.augmentation import RankMeasurement, layer_measurements, measure_spectra, measure_updates
+from pretrain.augmentation import RankMeasurement, layer_measurements
 from pretrain.errors import ConfigError, run_command
 from pretrain.policies import RankConfig, RankEvent, affordable_parameters, build_policy, decide_ranks
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.probe import GradientProbe
+from pretrain.spectra import measure_spectra, measure_updates
 from tools.documents import find_files, read_documents
 
 PUBLISHED = {768: ("GPT-2 small", 254), 1024: ("GPT-2 medium", 287)}

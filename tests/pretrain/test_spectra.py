@@ -1,0 +1,87 @@
+"""Spectra of all layers, each computed on one process, against plain singular values of whole products."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import factored_projections
+from model.gpt import build_model, tensor_layouts
+from model.initialization import generator_for
+from model.process_groups import initialize_process_groups, tensor_index, tensor_size
+from model.spectrum import Grams, singular_values
+from pretrain import spectra
+from pretrain.spectra import measure_spectra, measure_updates
+from tests.distributed import run
+from tests.parallel_model import gather_logical, small_config
+
+Spectra = dict[str, Tensor]
+START_RANK = 3
+
+
+def _measured(tensor: int, parametrization: str) -> tuple[Spectra, Spectra, Spectra, Spectra, int]:
+    """Spectra of products and of updates as measured, the same from whole matrices, and eigenproblems solved here."""
+    initialize_process_groups(tensor)
+    # Six layers, so that the last round over four processes is not full; each has another rank.
+    config = small_config("llama", parametrization, "mlp", layers=3)
+    ranks = {projection.name: 4 + place for place, projection in enumerate(factored_projections(config))}
+    model = build_model(config, ranks, seed=1)
+    layouts = tensor_layouts(model)
+    start: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for name, layer in model.factored_layers().items():
+            start[name] = {"A": layer.A[:START_RANK].clone(), "B": layer.B[:, :START_RANK].clone()}
+            for side in "AB":
+                key = f"{name}.{side}"
+                full = torch.randn(layouts[key].full_shape, generator=generator_for(3, key))
+                getattr(layer, side).copy_(layouts[key].shard(full, tensor_index(), tensor_size()))
+    solved = 0
+
+    def counted(product: Grams) -> Tensor:
+        nonlocal solved
+        solved += 1
+        return singular_values(product)
+
+    spectra.singular_values = counted
+    try:
+        products = measure_spectra(model)
+        updates = measure_updates(model, {name: (both["A"], both["B"]) for name, both in start.items()})
+    finally:
+        spectra.singular_values = singular_values
+    whole = gather_logical(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    plain, plain_updates = {}, {}
+    for name, rank in ranks.items():
+        pieces = {f"{name}.{side}": start[name][side] for side in "AB"}
+        first = gather_logical(model, pieces)
+        product = whole[f"{name}.B"].double() @ whole[f"{name}.A"].double()
+        update = product - first[f"{name}.B"].double() @ first[f"{name}.A"].double()
+        plain[name] = torch.linalg.svdvals(product)[:rank]
+        plain_updates[name] = torch.linalg.svdvals(update)[: rank + START_RANK]
+    return products, updates, plain, plain_updates, solved
+
+
+@pytest.mark.parametrize(
+    ("processes", "tensor", "parametrization"),
+    [
+        (1, 1, "factored"),
+        (2, 1, "factored"),
+        (2, 2, "additive"),
+        (4, 2, "factored"),
+        (4, 2, "additive"),
+        (4, 1, "factored"),
+    ],
+)
+def test_every_process_knows_all_values_and_computes_its_share(
+    processes: int, tensor: int, parametrization: str
+) -> None:
+    everyone = run(_measured, processes, tensor, parametrization)
+    products, updates, plain, plain_updates, _ = everyone[0]
+    assert products.keys() == plain.keys()
+    for found, expected in ((products, plain), (updates, plain_updates)):
+        for name, values in expected.items():
+            assert found[name].shape == values.shape
+            assert torch.allclose(found[name], values, rtol=1e-6, atol=1e-7 * float(values[0])), name
+    for other_products, other_updates, _, _, solved in everyone:
+        assert all(torch.equal(other_products[name], values) for name, values in products.items())
+        assert all(torch.equal(other_updates[name], values) for name, values in updates.items())
+        assert solved in {2 * (6 // processes), 2 * -(-6 // processes)}
+    assert sum(result[-1] for result in everyone) == 2 * 6

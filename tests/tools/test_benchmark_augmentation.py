@@ -1,0 +1,73 @@
+"""The augmentation benchmark at a tiny size through the real trainer, and what a growing run holds at every moment."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core import parallel_state
+
+from model.process_groups import initialize_process_groups
+from pretrain.processes import imports_out_of_collection
+from tests.distributed import run
+from tools import benchmark_augmentation
+from tools.augmentation_memory import deviation, growing_memory
+from tools.growing_run import PHASES, growing_trainer
+
+TINY = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16", "--batch", "1"]
+
+
+def _rows(flags: list[str], file: str) -> None:
+    """One process of the benchmark, within the process groups of the test."""
+    sys.argv = ["benchmark_augmentation.py", *TINY, *flags, "--json", file]
+    with imports_out_of_collection():
+        benchmark_augmentation.measure(benchmark_augmentation.parse_arguments())
+
+
+def test_benchmark_writes_rows_of_a_real_run(tmp_path: Path) -> None:
+    run(_rows, 1, ["--events", "2", "--steps", "2", "--repeats", "1"], str(tmp_path / "rows.json"))
+    facts = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["layer"] for row in facts["spectra"]] == ["qkv", "proj", "fc1", "fc2", "all of 24 layers"]
+    first, second, whole = facts["events"]
+    assert (first["rank_before"], first["rank_after"], second["rank_after"]) == (16, 24, 32)
+    assert set(first["phases_seconds"]) == set(PHASES)
+    assert (whole["steps"], whole["steps_taken"]) == (2000, 6)
+    assert {row["stage"] for row in facts["memory"]} >= {0, 1, 2}
+    _check_memory(facts["memory"])
+
+
+def _check_memory(rows: list[dict[str, Any]]) -> None:
+    moments = [row for row in rows if "predicted_bytes" in row]
+    assert {row["moment"] for row in moments} == {"backward", "optimizer"}
+    for row in moments:
+        assert deviation(row) < 0.05, row
+        assert (row["gradients_bytes"] > 0) == (row["moment"] == "backward")
+    peaks = [row for row in rows if row["moment"] == "peak"]
+    assert all(row["growth_bytes"] > 0 for row in peaks)
+    assert {row["moment"] for row in rows} >= set(PHASES)
+
+
+def _held(tensor: int, stage: int, precision: str) -> list[dict[str, Any]]:
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_process_groups(tensor)
+    sizes = {"layers": 2, "width": 128, "vocabulary": 500, "sequence": 16, "batch": 1, "first_rank": 16}
+    arguments = argparse.Namespace(**sizes, precision=precision, tensor=tensor)
+    with imports_out_of_collection():
+        return growing_memory(growing_trainer(arguments, stage, [2, 2, 2]))
+
+
+@pytest.mark.parametrize(
+    ("processes", "tensor", "stage", "precision"),
+    [
+        (2, 1, 1, "bf16"),
+        *(pytest.param(2, 2, stage, "fp32", marks=pytest.mark.matrix) for stage in (0, 1, 2)),
+        *(pytest.param(4, 2, stage, "bf16" if stage else "fp32", marks=pytest.mark.matrix) for stage in (0, 1, 2)),
+    ],
+)
+def test_a_growing_run_holds_what_its_ranks_predict(processes: int, tensor: int, stage: int, precision: str) -> None:
+    for rows in run(_held, processes, tensor, stage, precision):
+        _check_memory(rows)
+        before, *_, after = (row["found_bytes"] for row in rows if row["moment"] == "optimizer")
+        assert after > before
