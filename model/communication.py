@@ -86,8 +86,7 @@ class TensorTraffic:
     element_bytes: int
 
     def step(self, ranks: Mapping[str, int]) -> StepCollectives:
-        """Forward and backward of the whole model, loss included; `ranks` maps `Projection.name` to the rank (with a
-        gradient probe: plus its directions)."""
+        """See `tensor_collectives`."""
         stream, step = self.tokens * self.config.hidden, StepCollectives()
         if self.processes == 1:
             return step
@@ -155,6 +154,14 @@ class TensorTraffic:
         columns = self._statistics * (1 if self.element_bytes == FP32_BYTES else 2)
         rows = 2 if self.config.family == "gpt2" else 0
         return (self.tokens + self.processes * rows) * (rank + self.processes * columns)
+
+
+def tensor_collectives(
+    config: ModelConfig, ranks: Mapping[str, int], tensor_size: int, tokens: int, element_bytes: int
+) -> StepCollectives:
+    """Forward and backward of the whole model, loss included; `ranks` maps `Projection.name` to the rank (with a
+    gradient probe: plus its directions)."""
+    return TensorTraffic(config, tensor_size, tokens, element_bytes).step(ranks)
 
 
 def gradient_and_parameter_bytes(

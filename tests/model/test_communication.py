@@ -9,8 +9,8 @@ from model.collective_counter import CollectiveCounter
 from model.communication import (
     Collective,
     StepCollectives,
-    TensorTraffic,
     gradient_and_parameter_bytes,
+    tensor_collectives,
     total,
 )
 from model.config import ModelConfig, factored_projections
@@ -49,8 +49,7 @@ def _counted(config: ModelConfig, dtype: torch.dtype, tensor_parallel: int) -> S
 
 def _check(config: ModelConfig, dtype: torch.dtype, processes: int, tensor_parallel: int) -> None:
     tokens = SEQUENCES * config.sequence_length
-    traffic = TensorTraffic(config, tensor_parallel, tokens, dtype.itemsize)
-    expected = traffic.step(_different_ranks(config))
+    expected = tensor_collectives(config, _different_ranks(config), tensor_parallel, tokens, dtype.itemsize)
     for counted in run(_counted, processes, config, dtype, tensor_parallel):
         assert counted.forward == expected.forward
         assert Counter(counted.backward) == Counter(expected.backward)
@@ -87,7 +86,7 @@ def test_a_factored_layer_has_one_collective_in_each_direction() -> None:
     config = small_config("llama", layers=1)
     more = config.model_copy(update={"layers": 2})
     ranks = {projection.name: 8 for projection in factored_projections(more)}
-    one, two = (TensorTraffic(c, 2, 48, 4).step(ranks) for c in (config, more))
+    one, two = (tensor_collectives(c, ranks, 2, 48, 4) for c in (config, more))
     plain, normed = 48 * 8 * 4, 48 * (8 + 2) * 4
     added = Counter(two.forward) - Counter(one.forward)
     assert added == Counter(
@@ -108,8 +107,8 @@ def _engine_step(config: ModelConfig, case: Case) -> tuple[list[int], list[Colle
 
 def _check_engine(config: ModelConfig, case: Case, processes: int) -> None:
     element_bytes = 4 if case.precision == "fp32" else 2
-    traffic = TensorTraffic(config, case.tensor, case.micro_batch * config.sequence_length, element_bytes)
-    micro_step = traffic.step(_different_ranks(config))
+    tokens = case.micro_batch * config.sequence_length
+    micro_step = tensor_collectives(config, _different_ranks(config), case.tensor, tokens, element_bytes)
     for group_sizes, collectives in run(_engine_step, processes, config, case):
         data = gradient_and_parameter_bytes(
             case.stage, group_sizes, processes // case.tensor, case.accumulation, element_bytes
