@@ -66,17 +66,18 @@ class Contestant:
     attention_width: int
     """Of the heads that this process computes."""
 
-    def run(self) -> Iterator[None]:
-        """Forward and backward; yields after each."""
+    def run(self) -> Iterator[Tensor]:
+        """Forward and backward; yields the output after each."""
+        self.stream.grad = None
         for layer in self.layers:
             for parameter in layer.parameters():
                 parameter.grad = None
         output = self.stream
         for layer in self.layers:
             output, _ = layer(output, attention_mask=None, rotary_pos_emb=self.rotary)
-        yield
+        yield output
         output.backward(torch.ones_like(output))
-        yield
+        yield output
 
     def flops(self) -> int:
         sequence, batch, _ = self.stream.shape
@@ -223,7 +224,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _timed(steps: Iterator[None]) -> list[float]:
+def _timed(steps: Iterator[Tensor]) -> list[float]:
     """Seconds of each step, begun by all processes together."""
     dist.barrier()
     _synchronize()
@@ -255,9 +256,9 @@ def network_row() -> dict[str, Any]:
     """What the network gives to one large all-reduce, the median of a few."""
     message = torch.ones(RAW_NUMBERS, device=device())
 
-    def once() -> Iterator[None]:
+    def once() -> Iterator[Tensor]:
         dist.all_reduce(message)
-        yield
+        yield message
 
     seconds = statistics.median([_timed(once())[0] for _ in range(RAW_REPETITIONS + 1)][1:])
     sent = Collective("all_reduce", "tensor", message.nbytes).sent_bytes(dist.get_world_size())
