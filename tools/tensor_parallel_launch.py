@@ -91,8 +91,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     while True:
         codes = [process.poll() for process in processes]
         for place, code in enumerate(codes):
+            if code and code > 0:
+                sys.exit(code)  # it has said why
             if code:
-                raise EspalierError(f"process {place} of {len(processes)} ended with exit code {code}")
+                raise EspalierError(f"process {place} of {len(processes)} was killed by {signal.Signals(-code).name}")
         if all(code == 0 for code in codes):
             return
         time.sleep(_POLL_SECONDS)

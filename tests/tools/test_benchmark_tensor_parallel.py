@@ -14,8 +14,9 @@ from model.collectives import all_gathered
 from model.process_groups import initialize_process_groups
 from pretrain.errors import ConfigError
 from tests.distributed import run
-from tools.benchmark_tensor_parallel import build_contestants, measure, report
+from tools.benchmark_tensor_parallel import measure, report
 from tools.network_namespaces import check_namespaces, joined_namespaces, parse_rate
+from tools.tensor_parallel_contestants import build_contestants
 
 HIDDEN, TOKENS = 64, 2 * 16
 SETTINGS: dict[str, Any] = {
