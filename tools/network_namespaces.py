@@ -1,0 +1,100 @@
+"""Two network namespaces on one Linux machine, joined by a link that is held to a rate.
+
+    with joined_namespaces("10gbit") as ends:
+        subprocess.run([*ends[0].prefix, "python", ...])
+
+A veth pair is the link; a token bucket (`tc ... tbf`) at both ends holds each direction to the rate. The bucket is
+small beside any message that is worth measuring: what fits into it would travel at memory speed. Needs root, and the
+tools `ip` and `tc`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import ConfigError, EspalierError
+
+_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+_SMALLEST_BUCKET_BYTES = 128 * 1024
+"""Two of the largest segments that Linux hands to a link in one piece."""
+_BUCKET_SECONDS = 0.00025
+_QUEUE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class End:
+    """One of the two namespaces."""
+
+    namespace: str
+    interface: str
+    address: str
+
+    @property
+    def prefix(self) -> list[str]:
+        """What to write in front of a command that is to run in it."""
+        return ["ip", "netns", "exec", self.namespace]
+
+
+@contextmanager
+def joined_namespaces(rate: str) -> Iterator[tuple[End, End]]:
+    """Makes the namespaces and the link, and removes them whatever happens."""
+    bits_per_second = parse_rate(rate)
+    check_namespaces()
+    first, second = (End(f"espalier_{os.getpid()}_{n}", f"link{n}", f"192.0.2.{n}") for n in (1, 2))
+    try:
+        for end in (first, second):
+            _command("ip", "netns", "add", end.namespace)
+        pair = ["ip", "link", "add", first.interface, "netns", first.namespace, "type", "veth"]
+        _command(*pair, "peer", "name", second.interface, "netns", second.namespace)
+        for end in (first, second):
+            _command("ip", "-n", end.namespace, "address", "add", f"{end.address}/24", "dev", end.interface)
+            for interface in ("lo", end.interface):
+                _command("ip", "-n", end.namespace, "link", "set", interface, "up")
+            _hold(end, bits_per_second)
+        yield first, second
+    finally:
+        for end in (first, second):  # the link goes with its namespace
+            subprocess.run(["ip", "netns", "delete", end.namespace], capture_output=True, check=False)
+
+
+def parse_rate(text: str) -> int:
+    """Bits a second of `10gbit`, `1gbit` or `100mbit`; ConfigError for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit)", text.strip().lower())
+    rate = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if rate <= 0.0:
+        raise ConfigError(f"{text!r} is not the rate of a link: give --rate as 10gbit, 1gbit or 100mbit")
+    return round(rate)
+
+
+def check_namespaces() -> None:
+    """ConfigError if this machine or user cannot make namespaces."""
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise ConfigError(
+            f"--namespaces needs {' and '.join(missing)}, which this machine lacks: install the Debian package iproute2"
+        )
+    if os.geteuid() != 0:
+        raise ConfigError("--namespaces makes network namespaces, which only root may: run it as root, or leave it out")
+
+
+def transmitted_bytes(interface: str) -> int:
+    """What has left an interface of this process's namespace so far, headers included."""
+    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text(encoding="ascii"))
+
+
+def _hold(end: End, bits_per_second: int) -> None:
+    bucket = max(_SMALLEST_BUCKET_BYTES, round(bits_per_second / 8 * _BUCKET_SECONDS))
+    limit = ["rate", f"{bits_per_second}bit", "burst", f"{bucket}b", "latency", f"{1000 * _QUEUE_SECONDS:g}ms"]
+    _command("tc", "-n", end.namespace, "qdisc", "add", "dev", end.interface, "root", "tbf", *limit)
+
+
+def _command(*words: str) -> None:
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        hint = " (does this kernel have the module sch_tbf?)" if words[0] == "tc" else ""
+        raise EspalierError(f"`{' '.join(words)}` failed: {answer.stderr.strip()}{hint}")
