@@ -151,7 +151,9 @@ class _Sizes:
         return self.tokens * (numbers * self.element_bytes + config.heads // p * FP32_BYTES) + rotary
 
     def _mlp(self) -> int:
-        return self.tokens * self.config.ffn_width // self.processes * self.element_bytes * (5 if self.config.gated else 2)
+        return (
+            self.tokens * self.config.ffn_width // self.processes * self.element_bytes * (5 if self.config.gated else 2)
+        )
 
     def _dropout(self) -> int:
         return self.tokens * self.stream * self.element_bytes if self.config.hidden_dropout else 0

@@ -53,9 +53,7 @@ class _Shards:
         """Width of the residual stream on one process."""
         return self.config.hidden // (self.processes if self.config.parametrization == "factored" else 1)
 
-    def _layer(
-        self, qkv: Projection, proj: Projection, fc1: Projection, fc2: Projection
-    ) -> Iterator[ParameterShard]:
+    def _layer(self, qkv: Projection, proj: Projection, fc1: Projection, fc2: Projection) -> Iterator[ParameterShard]:
         # megatron-core builds `linear_proj` before `linear_qkv`.
         for norm, linears in (("input_layernorm", (proj, qkv)), ("pre_mlp_layernorm", (fc1, fc2))):
             if not any(linear.fused_norm for linear in linears):
