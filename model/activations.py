@@ -143,10 +143,8 @@ class _Sizes:
         # megatron-core gathers the whole product where there are fewer query groups than processes.
         product = (config.heads + 2 * config.groups) * config.head_size // (p if config.groups >= p else 1)
         repeated = config.heads // p > max(config.groups // p, 1)
-        if config.family == "gpt2":
-            numbers = product + width  # query, key and value are views of the product
-        else:
-            numbers = 4 * width if repeated else product + 3 * width  # the value alone is a view
+        views = product + (1 if config.family == "gpt2" else 3) * width  # of the product: all three, or the value alone
+        numbers = 4 * width if repeated else views
         rotary = 4 * config.sequence_length * config.head_size * self.element_bytes if config.family == "llama" else 0
         return self.tokens * (numbers * self.element_bytes + config.heads // p * FP32_BYTES) + rotary
 

@@ -84,8 +84,8 @@ def _proposal(config: RunConfig, moment: Moment, machine: Machine, assumed: Assu
         return f"no layout divides over {machine.processes} processes: change the number of nodes"
     least = min(candidates, key=lambda candidate: candidate.memory.total)
     return (
-        f"no layout on {machine.processes} devices fits, the smallest needs {least.memory.total / 1e9:,.1f} GB a process "
-        f"({_changes(config, least)}): take more nodes, or a smaller model or rank"
+        f"no layout on {machine.processes} devices fits, the smallest needs {least.memory.total / 1e9:,.1f} GB a "
+        f"process ({_changes(config, least)}): take more nodes, or a smaller model or rank"
     )
 
 

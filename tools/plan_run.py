@@ -1,7 +1,7 @@
-"""Says what a run would take on so many nodes, before anything is started: memory, messages, seconds, how far it scales.
+"""Says what a run would take on so many nodes, before it is started: memory, messages, seconds, how far it scales.
 
-    python tools/plan_run.py --config configs/quickstart.yaml --nodes 1 --gpus-per-node 2 --device cpu model.vocabulary=4096
-    python tools/plan_run.py --config FILE --nodes 64 --gpus-per-node 8 --device h100 parallel.tensor=8 deepspeed.stage=1 --json plan.json
+    python tools/plan_run.py --config quickstart --nodes 1 --gpus-per-node 2 --device cpu model.vocabulary=4096
+    python tools/plan_run.py --config FILE --nodes 64 --gpus-per-node 8 --json plan.json parallel.tensor=8
 
 Needs neither GPU nor corpus; the vocabulary comes from model.vocabulary, or from data.tokenizer where that exists. A
 layout that does not divide or does not fit is refused, with the numbers and the nearest one that does. Bytes are held
@@ -11,7 +11,7 @@ to measured ones by tests; seconds follow from assumptions, all of which are pri
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +21,7 @@ from pretrain.communication_plan import Links
 from pretrain.config import RunConfig, load_config
 from pretrain.devices import DEVICES
 from pretrain.errors import ConfigError, run_command
-from pretrain.fitting import fits, fitting_setup
+from pretrain.fitting import fitting_setup
 from pretrain.memory_plan import Setup
 from pretrain.plan import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
 from pretrain.rank_outlook import Moment, moments
@@ -245,8 +245,8 @@ def main() -> None:
     )
     if layout.tensor > machine.devices_per_node:
         print(
-            f"warning: parallel.tensor {layout.tensor} reaches over nodes of {machine.devices_per_node} devices, and its "
-            "messages wait for the network in every layer\n"
+            f"warning: parallel.tensor {layout.tensor} reaches over nodes of {machine.devices_per_node} devices, and "
+            "its messages wait for the network in every layer\n"
         )
     rows = [moment_row(moment, plan_step(moment, setup, machine, assumed)) for moment in found]
     print_moments(rows, machine, assumed)
