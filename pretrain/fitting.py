@@ -136,7 +136,7 @@ def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[t
             continue
         for mode in modes:
             for offload in (False, True) if stage else (False,):
-                away = abs(stage - config.deepspeed.stage)
+                away = float(abs(stage - config.deepspeed.stage))
                 away += 0.0 if mode == recompute else 1.0 + 0.5 * modes.index(mode)
                 away += 0.0 if offload == offloaded else _FAR
                 yield replace(plain, stage=stage, recompute=mode, offload=offload, zero=zero), away
