@@ -21,8 +21,8 @@ LINKS = Links(1e9, 1e9, 1e9, 0.0, 0.0)
 """Any: the tests are about bytes."""
 
 
-def _config(family: str, **changes: object) -> ModelConfig:
-    return small_config(family, hidden=64, **changes)
+def _config(family: str, parametrization: str = "factored") -> ModelConfig:
+    return small_config(family, parametrization, hidden=64)
 
 
 def _setup(case: Case, processes: int) -> Setup:
