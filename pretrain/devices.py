@@ -1,4 +1,7 @@
-"""What is known about the device of this process: how fast it could be, and how much of its memory is taken."""
+"""What is known about devices: how fast one could be and what connects it to others, by name, and how much memory this
+process takes."""
+
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -13,6 +16,32 @@ PEAK_FLOPS = {
 def peak_flops(device_name: str) -> float | None:
     """16-bit FLOP/s the device could do at best; None for a device we do not know."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A kind of device to plan with, by its maker's data sheet; GPUs are the SXM ones of an HGX node."""
+
+    memory_bytes: float
+    peak_flops: float
+    """In 16 bits, on tensor cores."""
+    peak_fp32_flops: float
+    """Without them."""
+    node_bytes_per_second: float
+    """To other devices of the node, one way."""
+    network_bytes_per_second: float
+    """To other nodes: a device's share of the node's links."""
+    host_bytes_per_second: float
+    """To the node's memory."""
+
+
+DEVICES = {
+    "h100": DeviceFacts(80 * 2**30, PEAK_FLOPS["H100"], 67e12, 450e9, 50e9, 50e9),
+    "h200": DeviceFacts(141e9, PEAK_FLOPS["H200"], 67e12, 450e9, 50e9, 50e9),
+    "a100": DeviceFacts(80 * 2**30, PEAK_FLOPS["A100"], 19.5e12, 300e9, 25e9, 25e9),
+    "cpu": DeviceFacts(64 * 2**30, 1e12, 1e12, 10e9, 1.25e9, 20e9),
+}
+"""Of the CPU, of which nothing is known, a round figure for one process of a few cores and 10 Gbit/s."""
 
 
 def memory_scalars() -> dict[str, float]:

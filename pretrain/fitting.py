@@ -1,0 +1,146 @@
+"""Whether a run fits on a machine, and if not, the numbers and the nearest layout that does.
+
+Nearest is what changes least: one doubling of the tensor-parallel size or halving of the micro-batch, one ZeRO stage or
+one kind of recomputation each count 1, another global batch or moving the optimizer to the host 3. The optimizer's
+place and recomputation cost time, so they come after what costs none.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from model.activations import Recompute
+from model.config import ModelConfig
+from pretrain.config import RunConfig
+from pretrain.errors import ConfigError
+from pretrain.layout import lay_out
+from pretrain.memory_plan import MemoryPlan, Setup, plan_memory
+from pretrain.plan import Assumptions, Machine, setup_of, zero_buffers
+from pretrain.rank_outlook import Moment
+
+_FAR = 3.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Another way to lay the run out."""
+
+    setup: Setup
+    global_batch: int
+    distance: float
+    memory: MemoryPlan
+
+
+def fitting_setup(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> Setup:
+    """The config's own setup; ConfigError with the numbers, and with the nearest one that fits, if it does not."""
+    try:
+        setup = setup_of(config, machine.processes)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_proposal(config, moment, machine, assumed)}") from error
+    memory = plan_memory(moment.model, moment.ranks, setup)
+    if not fits(memory, machine, assumed):
+        raise ConfigError(
+            f"{_excess(memory, machine, assumed)} at {moment.name}; {_proposal(config, moment, machine, assumed)}"
+        )
+    return setup
+
+
+def fits(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> bool:
+    on_host = memory.host * machine.devices_per_node
+    return memory.total <= assumed.usable * machine.memory_bytes and on_host <= machine.host_memory_bytes
+
+
+def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
+    usable = assumed.usable * machine.memory_bytes
+    if memory.total <= usable:
+        needed, there = memory.host * machine.devices_per_node / 1e9, machine.host_memory_bytes / 1e9
+        return f"offloaded optimizers need {needed:,.1f} GB of a node's memory, {there:,.1f} GB,"
+    parts = ", ".join(
+        f"{name} {size / 1e9:,.1f}"
+        for name, size in (
+            ("weights", memory.weights),
+            ("gradients", memory.gradients),
+            ("optimizer", memory.optimizer),
+            ("activations", memory.activations),
+            ("buffers", memory.buffers),
+        )
+    )
+    return (
+        f"a process needs {memory.total / 1e9:,.1f} GB ({parts}), and {usable / 1e9:,.1f} GB of the device's "
+        f"{machine.memory_bytes / 1e9:,.1f} GB are usable,"
+    )
+
+
+def _proposal(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> str:
+    """The nearest layout that fits, in settings to change, or that there is none."""
+    candidates = list(_candidates(config, moment, machine))
+    fitting = [candidate for candidate in candidates if fits(candidate.memory, machine, assumed)]
+    if fitting:
+        best = min(fitting, key=lambda candidate: candidate.distance)
+        changes = _changes(config, best)
+        return f"the nearest that fits: {changes} ({best.memory.total / 1e9:,.1f} GB a process)"
+    if not candidates:
+        return f"no layout divides over {machine.processes} processes: change the number of nodes"
+    least = min(candidates, key=lambda candidate: candidate.memory.total)
+    return (
+        f"no layout on {machine.processes} devices fits, the smallest needs {least.memory.total / 1e9:,.1f} GB a "
+        f"process ({_changes(config, least)}): take more nodes, or a smaller model or rank"
+    )
+
+
+def _changes(config: RunConfig, candidate: Candidate) -> str:
+    setup = candidate.setup
+    settings = {
+        "parallel.tensor": (config.parallel.tensor, setup.layout.tensor),
+        "train.micro_batch": (config.train.micro_batch, setup.micro_batch),
+        "train.global_batch": (config.train.global_batch, candidate.global_batch),
+        "deepspeed.stage": (config.deepspeed.stage, setup.stage),
+        "train.recompute": (getattr(config.train, "recompute", "none"), setup.recompute),
+        "deepspeed.offload_optimizer": (getattr(config.deepspeed, "offload_optimizer", False), setup.offload),
+    }
+    changed = [f"{name}={str(to).lower()}" for name, (was, to) in settings.items() if was != to]
+    return " ".join(changed) or "the settings as they are"
+
+
+def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator[Candidate]:
+    """Every combination of settings that divides, tensor parallelism within a node first of all."""
+    train, model = config.train, moment.model
+    for tensor in _divisors(machine.devices_per_node) | {config.parallel.tensor}:
+        for micro_batch in sorted({train.micro_batch} | {2**power for power in range(train.micro_batch.bit_length())}):
+            quantum = micro_batch * machine.processes // tensor
+            below = train.global_batch // quantum * quantum
+            for global_batch in sorted({train.global_batch, below, below + quantum} - {0}):
+                try:
+                    ramp = train.batch_ramp
+                    layout = lay_out(model, machine.processes, tensor, micro_batch, global_batch, ramp)
+                except ConfigError:
+                    continue
+                moved = abs(math.log2(tensor / config.parallel.tensor)) + math.log2(train.micro_batch / micro_batch)
+                moved += 0.0 if global_batch == train.global_batch else _FAR
+                plain = Setup(layout, micro_batch, train.precision, config.deepspeed.stage)
+                for setup, distance in _variants(config, model, plain):
+                    memory = plan_memory(model, moment.ranks, setup)
+                    yield Candidate(setup, global_batch, moved + distance, memory)
+
+
+def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[tuple[Setup, float]]:
+    """The same layout with every ZeRO stage, recomputation and place of the optimizer."""
+    zero = zero_buffers(config)
+    in_bottlenecks = model.parametrization == "factored" and model.factored_layers == "all"
+    modes = [mode for mode in get_args(Recompute) if mode != "factors" or in_bottlenecks]
+    recompute = getattr(config.train, "recompute", "none")
+    offloaded = getattr(config.deepspeed, "offload_optimizer", False)
+    for stage in (0, 1, 2, 3):
+        if stage == 0 and plain.precision != "fp32":
+            continue
+        for mode in modes:
+            for offload in (False, True) if stage else (False,):
+                away = float(abs(stage - config.deepspeed.stage))
+                away += 0.0 if mode == recompute else 1.0 + 0.5 * modes.index(mode)
+                away += 0.0 if offload == offloaded else _FAR
+                yield replace(plain, stage=stage, recompute=mode, offload=offload, zero=zero), away
+
+
+def _divisors(number: int) -> set[int]:
+    return {divisor for divisor in range(1, number + 1) if number % divisor == 0}

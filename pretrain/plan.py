@@ -1,0 +1,179 @@
+"""What a run would take on a number of devices: memory, messages, seconds, and where it stops scaling.
+
+    step = FLOPs / (efficiency · peak) + tensor-parallel messages + (1 - overlap) · data-parallel messages + host
+
+FLOPs are those executed, recomputation included. The peak, the efficiency and the links are assumptions, since nobody
+has measured a run that does not exist: `Assumptions` holds them all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
+from model.config import ModelConfig, projections
+from pretrain.communication_plan import CommunicationPlan, Links, plan_communication
+from pretrain.config import RunConfig
+from pretrain.config_file import find_file, read_json
+from pretrain.deepspeed_config import BUCKET_ELEMENTS, deepspeed_dict
+from pretrain.errors import ConfigError
+from pretrain.layout import lay_out
+from pretrain.memory_plan import MemoryPlan, Setup, ZeroBuffers, plan_memory
+from pretrain.rank_outlook import Moment
+
+MOST_PROCESSES = 8192
+"""Where a scaling table ends."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of equal devices."""
+
+    nodes: int
+    devices_per_node: int
+    memory_bytes: float
+    """Of one device."""
+    host_memory_bytes: float
+    """Of one node."""
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is taken for granted."""
+
+    peak_flops: float
+    efficiency: float
+    """Share of the peak that a step reaches while it computes."""
+    usable: float
+    """Share of a device's memory that tensors may have; the rest is for context, libraries and fragmentation."""
+    overlap: float
+    """Share of the data-parallel messages that hides behind the backward pass."""
+    links: Links
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step with given ranks on a given layout."""
+
+    parameters: int
+    trained_parameters: int
+    flops_per_token: int
+    """Of training, without what is computed twice."""
+    flops: float
+    """Of the step and all processes, with it."""
+    memory: MemoryPlan
+    communication: CommunicationPlan
+    compute_seconds: float
+    tensor_seconds: float
+    data_seconds: float
+    """That is not hidden."""
+    host_seconds: float
+    """Gradients to the host and weights back, with the optimizer offloaded."""
+
+    @property
+    def communication_seconds(self) -> float:
+        return self.tensor_seconds + self.data_seconds + self.host_seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.communication_seconds
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """The same global batch on another number of processes."""
+
+    processes: int
+    accumulation: int
+    step: StepPlan
+    efficiency: float
+    """Speed per process, as a share of the first row's."""
+
+
+def setup_of(config: RunConfig, processes: int) -> Setup:
+    """How the config itself splits the run over so many processes; ConfigError if that does not come out even."""
+    layout = config.layout(processes)
+    deepspeed_dict(config, layout)  # refuses what the run would refuse
+    return Setup(
+        layout,
+        config.train.micro_batch,
+        config.train.precision,
+        config.deepspeed.stage,
+        # Settings that are younger than this module: without them nothing is offloaded or recomputed.
+        offload=getattr(config.deepspeed, "offload_optimizer", False),
+        recompute=getattr(config.train, "recompute", "none"),
+        zero=zero_buffers(config),
+    )
+
+
+def zero_buffers(config: RunConfig) -> ZeroBuffers:
+    """The sizes that the run's DeepSpeed file sets, or ours."""
+    given: dict[str, Any] = {}
+    if config.deepspeed.config is not None:
+        given = read_json(find_file(config.deepspeed.config, "configs.deepspeed", ".json"))
+    return ZeroBuffers.of({"reduce_bucket_size": BUCKET_ELEMENTS} | given.get("zero_optimization", {}))
+
+
+def recomputed_flops_per_token(model: ModelConfig, ranks: Mapping[str, int], recompute: str) -> int:
+    """Of a forward pass through the layers once more, or (factors) through attention and what hangs off B."""
+    if recompute == "none":
+        return 0
+    flops = 4 * model.sequence_length * model.hidden * model.layers
+    for linear in projections(model):
+        rank = ranks.get(linear.name)
+        inside, whole = linear.in_features, linear.in_features * linear.out_features
+        if rank is None:
+            flops += 2 * whole
+        else:
+            inside = 0 if recompute == "factors" else inside
+            flops += 2 * rank * (inside + linear.out_features) + (2 * whole if linear.additive else 0)
+    return flops
+
+
+def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptions) -> StepPlan:
+    """One step at `moment`; whether it fits is for `pretrain/fitting.py` to say."""
+    model, ranks, layout = moment.model, moment.ranks, setup.layout
+    per_token = training_flops_per_token(model, ranks)
+    executed = per_token + recomputed_flops_per_token(model, ranks, setup.recompute)
+    tokens = setup.micro_batch * layout.data * layout.accumulation * model.sequence_length
+    flops = float(executed) * tokens
+    messages = plan_communication(model, ranks, setup, assumed.links, machine.devices_per_node)
+    trained = trained_parameters(model, ranks)
+    passed = 2 * setup.element_bytes * trained / (layout.tensor * layout.data) if setup.offload else 0.0
+    return StepPlan(
+        total_parameters(model, ranks),
+        trained,
+        per_token,
+        flops,
+        plan_memory(model, ranks, setup),
+        messages,
+        compute_seconds=flops / (layout.tensor * layout.data) / (assumed.peak_flops * assumed.efficiency),
+        tensor_seconds=messages.seconds("tensor"),
+        data_seconds=messages.seconds("data") * (1.0 - assumed.overlap),
+        host_seconds=passed / assumed.links.host_bytes_per_second,
+    )
+
+
+def scaling(
+    config: RunConfig, moment: Moment, setup: Setup, machine: Machine, assumed: Assumptions
+) -> list[ScalingRow]:
+    """The global batch on 1, 2, 4, ... times a tensor-parallel group's processes, as far as it divides."""
+    rows: list[ScalingRow] = []
+    processes, train = setup.layout.tensor, config.train
+    while processes <= MOST_PROCESSES:
+        try:
+            layout = lay_out(
+                moment.model, processes, setup.layout.tensor, setup.micro_batch, train.global_batch, train.batch_ramp
+            )
+        except ConfigError:  # the batch no longer divides
+            break
+        step = plan_step(moment, replace(setup, layout=layout), machine, assumed)
+        first = rows[0] if rows else None
+        speed = 1.0 if first is None else first.step.seconds * first.processes / (step.seconds * processes)
+        rows.append(ScalingRow(processes, layout.accumulation, step, speed))
+        processes *= 2
+    return rows
