@@ -74,7 +74,8 @@ def category_of(event: FunctionEvent, vocabulary: int) -> str:
         return ATTENTION
     if not event.name.startswith("aten::") or any("embedding" in name.lower() for name in names):
         return REST
-    return LOSS if any(shape and shape[-1] == vocabulary for shape in event.input_shapes or ()) else ELEMENTWISE
+    shapes: Any = event.input_shapes or ()  # one for each argument; empty for one that is no tensor
+    return LOSS if any(shape and shape[-1] == vocabulary for shape in shapes) else ELEMENTWISE
 
 
 def write_picture(profiles: Mapping[str, Mapping[str, float]], path: Path) -> None:
