@@ -154,6 +154,21 @@ class _BlockNorm(ShardedNorm):
         super().__init__(kind, hidden_size, eps)
 
 
+class _HidePadding(torch.autograd.Function):
+    """Overwrites the last dimension of logits with −∞ from `real` on. Behind a softmax these have no gradient, so there
+    is none to mask."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, real: int) -> Tensor:
+        ctx.mark_dirty(logits)
+        logits[..., real:] = float("-inf")
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class EspalierModel(GPTModel):
     """`GPTModel` whose embedding and output layer fit the stream, and whose loss ignores padded vocabulary rows.
 
@@ -199,7 +214,11 @@ class EspalierModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy `(batch, seq)` of `logits (seq, batch, padded_vocabulary/tp)` over the real vocabulary: rows
-        that only pad it get no probability."""
+        that only pad it get no probability. Logits that have a gradient are overwritten: a copy of them would cost more
+        than the loss."""
+        if logits.requires_grad:
+            real = max(self.model_config.vocabulary - tensor_index() * logits.shape[-1], 0)
+            return super().compute_language_model_loss(labels, _HidePadding.apply(logits, real))
         return super().compute_language_model_loss(labels, self._over_real_vocabulary(logits))
 
     def likeliest_tokens(self, logits: Tensor) -> Tensor:

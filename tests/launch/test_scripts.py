@@ -12,7 +12,7 @@ import yaml
 from pretrain.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("launch/environment.sh", "launch/quickstart.sh", "tests/run.sh")
+SCRIPTS = ("launch/environment.sh", "launch/offline_wheels.sh", "launch/quickstart.sh", "tests/run.sh")
 
 
 def run_script(script: Path, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -188,3 +188,23 @@ def test_installed_packages_carry_configs_and_scripts(tmp_path: Path):
     for file in ("configs/quickstart.yaml", "launch/quickstart.sh", "pretrain/train.py", "pretrain/policies/fixed.py"):
         assert (library / file).is_file()
     assert sorted(path.name for path in library.iterdir()) == ["configs", "launch", "model", "pretrain", "tools"]
+
+
+@pytest.mark.slow
+def test_offline_wheels_fit_another_python(tmp_path: Path):
+    done = run_script(
+        ROOT / "launch/offline_wheels.sh",
+        "--out",
+        str(tmp_path),
+        "--python",
+        "3.12",
+        "zstandard",
+        ESPALIER_PYTHON=sys.executable,
+    )
+    assert done.returncode == 0, done.stderr
+    wheels = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in wheels if "cp3" in name and "cp312" not in name] == []
+    packages = {name.partition("-")[0] for name in wheels}
+    assert {"deepspeed", "megatron_core", "pydantic", "pydantic_core", "hjson", "zstandard"} <= packages
+    assert "torch" not in packages
+    assert next(name for name in wheels if name.startswith("deepspeed")).endswith("-py3-none-any.whl")

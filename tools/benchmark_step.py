@@ -1,0 +1,218 @@
+"""Times whole training steps of dense and factored models: forward, backward, clipping and AdamW, through DeepSpeed.
+
+    python tools/benchmark_step.py --json step.json --profile profile/
+    python tools/benchmark_step.py --layers 24 --repeats 5                    (all of GPT-2 medium: 16 GB in fp32)
+    python tools/benchmark_step.py --layers 2 --hidden 64 --heads 4 --sequence 64 --vocabulary 500 --repeats 2
+    python tools/benchmark_step.py --ranks 240 248 256 264 272                (which ranks do the matrix products like?)
+    python tools/benchmark_step.py --largest --hidden 4096 --heads 32         (on a GPU alone)
+
+Contestants (`tools/step_contestants.py`) share one process and take their steps in turn, so that whatever else the
+machine does meets all of them. Without a GPU: fp32, 4 layers, sequence 512, batch 4; with one: bf16, 24 layers,
+sequence 1024, batch 16. Beside the whole steps stand the matrix products of one layer alone, the limit of what
+factors can gain. Attention counts whole squares, as everywhere in Espalier; "causal" below the table counts half.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.process_groups import initialize_process_groups
+from pretrain.errors import ConfigError, run_command
+from pretrain.processes import check_precision, joined_processes
+from pretrain.run_folder import json_text, replace_text
+from tools.arguments import positive
+from tools.step_contestants import DENSE, FACTORED, NAMES, Contestant, build_contestant, contestant_config
+from tools.step_gemms import rank_rows, time_gemms
+from tools.step_largest import DoesNotFitError, largest_models, largest_table
+from tools.step_profile import PeakMemory, profile_step, write_picture
+from tools.step_report import (
+    against_dense,
+    machine,
+    machine_lines,
+    profile_table,
+    rank_table,
+    rates,
+    spread,
+    step_table,
+    synchronize,
+    verdicts,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    facts: dict[str, Any] = {"benchmark": "step", "settings": _settings(arguments), **machine()}
+    if arguments.largest:
+        facts["rows"] = largest_models(_trial_flags(arguments))
+        lines = list(largest_table(facts["rows"]))
+    else:
+        with joined_processes() as processes:
+            if processes > 1:
+                raise ConfigError(f"this benchmark is of one process, and {processes} were started: start it alone")
+            initialize_process_groups(1)
+            if arguments.ranks:
+                rows = time_gemms(*_gemm_settings(arguments), ranks=arguments.ranks)
+                facts["rows"] = rank_rows(rows)
+                lines = list(rank_table(facts["rows"]))
+            else:
+                lines = _benchmark_steps(arguments, facts)
+    if arguments.json is not None:
+        replace_text(arguments.json, json_text(facts, indent=2) + "\n")
+    print("\n".join([*lines, "", *machine_lines(facts)]))
+
+
+def _benchmark_steps(arguments: argparse.Namespace, facts: dict[str, Any]) -> list[str]:
+    """Fills `facts` with rows and profiles; what there is to print."""
+    try:
+        contestants, peaks = _build(arguments)
+        rows = _time_steps(arguments, contestants)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"{arguments.layers} layers do not fit the device: lower --layers, --micro-batch or --contestants"
+        ) from error
+    for row, peak in zip(rows, peaks, strict=True):
+        row["peak_bytes"] = peak
+    profiles = {}
+    if arguments.profile is not None:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
+        width = contestants[0].engine.module.model_config.padded_vocabulary
+        for contestant in contestants:
+            if contestant.name in (DENSE, FACTORED):
+                profiles[contestant.name] = profile_step(contestant, width, arguments.profile)
+        write_picture(profiles, arguments.profile / "profile.png")
+    ranks = [None, *([arguments.rank] if {*arguments.contestants} != {DENSE} else [])]
+    gemms = time_gemms(*_gemm_settings(arguments), ranks=ranks)
+    for group in (rows, gemms):
+        for row in group:
+            row |= rates(row, arguments.precision)
+            if group[0]["rank"] is None and row["rank"] is not None:
+                row |= against_dense(row, group[0])
+    facts["rows"] = [*rows, *gemms]
+    facts["profiles"] = profiles
+    lines = [*step_table(facts["rows"]), "", *_causal_ratios(rows), *verdicts(rows, arguments.precision)]
+    return [*lines, "", *profile_table(profiles)] if profiles else lines
+
+
+def _build(arguments: argparse.Namespace) -> tuple[list[Contestant], list[int | None]]:
+    """Contestants after their first steps, and the most memory each takes in a step."""
+    contestants, peaks = [], []
+    for name in arguments.contestants:
+        with PeakMemory() as memory:
+            contestant = build_contestant(name, _config(name, arguments))
+            for step in range(1, arguments.warm_up + 1):
+                if step == arguments.warm_up:
+                    memory.last_step_begins()
+                contestant.step()
+        contestants.append(contestant)
+        peaks.append(memory.bytes)
+    return contestants, peaks
+
+
+def _time_steps(arguments: argparse.Namespace, contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for _ in range(arguments.repeats):
+        for contestant, samples in zip(contestants, seconds, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            contestant.step()
+            synchronize()
+            samples.append(time.perf_counter() - start)
+    rows = []
+    for contestant, samples in zip(contestants, seconds, strict=True):
+        row: dict[str, Any] = {
+            "name": contestant.name,
+            "rank": contestant.rank,
+            "parameters": contestant.parameters,
+            "flops": contestant.flops_per_token * contestant.tokens,
+            "flops_causal": contestant.causal_flops_per_token * contestant.tokens,
+            **spread(samples),
+        }
+        rows.append({**row, "tokens_per_second": contestant.tokens / row["median_seconds"]})
+    return rows
+
+
+def _causal_ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """FLOP ratios with half of the attention, which is what causal kernels execute."""
+    if rows[0]["name"] != DENSE or len(rows) == 1:
+        return []
+    found = [f"{row['name']} {rows[0]['flops_causal'] / row['flops_causal']:.3f}" for row in rows[1:]]
+    return [f"FLOP ratio if attention counts half (causal): {', '.join(found)}"]
+
+
+def _config(name: str, arguments: argparse.Namespace) -> Any:
+    model = {
+        "family": arguments.family,
+        "layers": arguments.layers,
+        "hidden": arguments.hidden,
+        "heads": arguments.heads,
+        "sequence_length": arguments.sequence,
+        "vocabulary": arguments.vocabulary,
+    }
+    return contestant_config(
+        name,
+        model,
+        arguments.rank,
+        arguments.micro_batch,
+        train={"precision": arguments.precision},
+        deepspeed={"stage": arguments.stage},
+    )
+
+
+def _gemm_settings(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """Model, tokens, type, warm-up and repeats of `time_gemms`."""
+    model = _config(DENSE, arguments).model
+    tokens = arguments.micro_batch * arguments.sequence
+    return model, tokens, DTYPES[arguments.precision], arguments.warm_up, arguments.repeats
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    left_out = ("json", "profile")
+    return {key: value for key, value in vars(arguments).items() if key not in left_out}
+
+
+def _trial_flags(arguments: argparse.Namespace) -> list[str]:
+    kept = ("family", "hidden", "heads", "sequence", "vocabulary", "rank", "precision", "stage", "threads")
+    return [text for key in kept for text in (f"--{key}", str(getattr(arguments, key)))]
+
+
+def _arguments() -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    layers, sequence, batch, precision = (24, 1024, 16, "bf16") if gpu else (4, 512, 4, "fp32")
+    parser = argparse.ArgumentParser(description="Time whole training steps, dense and factored.")
+    parser.add_argument("--contestants", nargs="+", choices=NAMES, default=list(NAMES), help="models to compare (all)")
+    parser.add_argument("--family", choices=("gpt2", "llama"), default="gpt2", help="architecture (gpt2)")
+    parser.add_argument("--layers", type=positive, default=layers, help=f"of every model ({layers})")
+    parser.add_argument("--hidden", type=positive, default=1024, help="width (1024)")
+    parser.add_argument("--heads", type=positive, default=16, help="of attention (16)")
+    parser.add_argument("--sequence", type=positive, default=sequence, help=f"tokens of a sequence ({sequence})")
+    parser.add_argument("--micro-batch", type=positive, default=batch, help=f"sequences of a step ({batch})")
+    parser.add_argument("--vocabulary", type=positive, default=50257, help="tokens of the output layer (50257)")
+    parser.add_argument("--rank", type=positive, help="of every factored layer (hidden/4)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default=precision, help=f"({precision})")
+    parser.add_argument("--stage", type=int, default=1, help="of ZeRO (1)")
+    parser.add_argument("--warm-up", type=positive, default=2, help="steps of each before the timed ones (2)")
+    parser.add_argument("--repeats", type=positive, default=7, help="timed steps of each (7)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of this process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as JSON")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write tables and a picture of where time goes")
+    parser.add_argument("--ranks", type=positive, nargs="+", help="only time the factor pairs of one layer at these")
+    parser.add_argument("--largest", action="store_true", help="only look for the largest models that fit a GPU")
+    arguments = parser.parse_args()
+    arguments.rank = arguments.rank or max(1, arguments.hidden // 4)
+    if arguments.profile is not None and not {DENSE, FACTORED} & {*arguments.contestants}:
+        raise ConfigError("--profile looks at dense and factored, and --contestants names neither: add one of them")
+    if DENSE in arguments.contestants:  # what all others are compared with comes first
+        arguments.contestants = [DENSE, *(name for name in arguments.contestants if name != DENSE)]
+    check_precision(arguments.precision)
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)
