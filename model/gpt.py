@@ -35,7 +35,7 @@ from model.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
 from model.embedding import StreamEmbedding
 from model.factored_linear import FactoredLinear
 from model.initialization import initial_tensor
-from model.process_groups import device, tensor_index, tensor_size
+from model.process_groups import tensor_index, tensor_size
 from model.recomputation import RecomputedLayer
 from model.sharded_norm import NormKind, ShardedNorm, mark_sharded
 from model.sharding import TensorLayout
@@ -205,7 +205,6 @@ class EspalierModel(GPTModel):
             self.setup_embeddings_and_output_layer()
         else:
             self.embedding.embedding_dropout = dropout
-        self.to(device())
         _mark_megatron_shards(self, config)
         _initialize(self, config, seed)
         if config.trained == "factors":
@@ -251,7 +250,7 @@ class EspalierModel(GPTModel):
 def build_model(
     config: ModelConfig, ranks: Mapping[str, int], *, seed: int, recompute: Recompute = "none"
 ) -> EspalierModel:
-    """The shard of this process, with initial values that do not depend on the number of processes.
+    """The shard of this process, in host memory, with initial values that do not depend on the number of processes.
 
     `ranks` names the rank of every factored projection, `recompute` what layers compute again in the backward pass
     of each step. Raises `ValueError` if the vocabulary is not known yet, or if the model cannot recompute so.

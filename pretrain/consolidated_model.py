@@ -31,5 +31,5 @@ def load_model(consolidated: ConsolidatedModel) -> EspalierModel:
                 f"{name} is {tuple(tensor.shape)} in the consolidated model and its settings ask for "
                 f"{tuple(parameter.shape)}: consolidate it again"
             )
-        parameter.copy_(tensor.to(device()))
-    return model
+        parameter.copy_(tensor)
+    return model.to(device())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.gpt import EspalierModel
 from model.process_groups import DeepSpeedProcessGroups, tensor_group, tensor_index
-from pretrain.partitioned import fetch_tied_weight, forget_engine, shape_of
+from pretrain.partitioned import fetch_tied_weight, forget_engine, partition, shape_of
 from pretrain.schedule import OptimizerConfig
 
 
@@ -34,6 +34,9 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
 def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
     """An engine around `model`; its optimizer is torch's fused AdamW, the learning rate is set by the caller each
     step."""
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    if stage == 3:
+        partition(model, deepspeed_config, _precision(deepspeed_config))
     adamw = torch.optim.AdamW(
         parameter_groups(model, optimizer),
         lr=optimizer.learning_rate,
@@ -44,9 +47,16 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=adamw, mpu=DeepSpeedProcessGroups(), config=deepspeed_config, dist_init_required=False
     )
-    if engine.zero_optimization_stage() == 3:
+    if stage == 3:
         fetch_tied_weight(model)
     return engine
+
+
+def _precision(deepspeed_config: dict[str, Any]) -> torch.dtype:
+    for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if deepspeed_config.get(section, {}).get("enabled"):
+            return dtype
+    return torch.float32
 
 
 def tear_down(engine: DeepSpeedEngine) -> None:

@@ -100,8 +100,8 @@ def dense_logits(source: DenseSource, tokens: Tensor) -> Tensor:
     with single_process():
         model = build_model(source.config, {}, seed=0)
         for name, parameter in model.named_parameters():
-            parameter.copy_(source.read(name).to(device()))
-        return _logits(model, tokens)
+            parameter.copy_(source.read(name))
+        return _logits(model.to(device()), tokens)
 
 
 def _logits(model: EspalierModel, tokens: Tensor) -> Tensor:

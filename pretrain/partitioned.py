@@ -7,6 +7,7 @@ a parameter is whole everywhere, and everything here says so.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,7 +15,7 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
 from model.gpt import EspalierModel, LayerWithFactors
-from model.process_groups import data_index
+from model.process_groups import DeepSpeedProcessGroups, data_group, data_index, device
 
 _LEFT_ON_MODULES = (
     "_external_params", "_original_parameters", "applied_pre_backward_ref_cnt", "post_bwd_fn", "pre_bwd_fn",
@@ -64,6 +65,25 @@ def replace_factors(layer: LayerWithFactors, A: Tensor, B: Tensor) -> None:
     layer.set_factors(A, B)
     if is_partitioned(old):
         old.convert_to_zero_parameters([layer.A, layer.B])  # type: ignore[attr-defined]
+
+
+def partition(model: EspalierModel, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Partitions a whole model parameter by parameter, in `dtype`, on its way from the host to the device, which need
+    not have room for all of it; a collective. One that is partitioned stays as it is."""
+    parameters = list(model.parameters())
+    if any(map(is_partitioned, parameters)):
+        return
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device())
+    deepspeed.zero.Init(
+        module=model,
+        data_parallel_group=data_group(),
+        dtype=dtype,
+        config_dict_or_path=deepspeed_config,
+        mpu=DeepSpeedProcessGroups(),
+    )
 
 
 def fetch_tied_weight(model: EspalierModel) -> None:

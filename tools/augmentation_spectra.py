@@ -26,7 +26,7 @@ def spectra(arguments: argparse.Namespace) -> tuple[list[Row], Iterator[str]]:
     hidden, rank = arguments.hidden, arguments.hidden // 4
     config = ModelConfig(family="gpt2", layers=arguments.blocks, hidden=hidden, heads=hidden // 64, vocabulary=1000)
     layers = factored_projections(config)
-    model = build_model(config, {layer.name: rank for layer in layers}, seed=1)
+    model = build_model(config, {layer.name: rank for layer in layers}, seed=1).to(device())
     rows: list[Row] = []
     for kind in ("qkv", "proj", "fc1", "fc2"):
         alike = [layer for layer in layers if layer.kind == kind]

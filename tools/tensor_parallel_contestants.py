@@ -65,7 +65,8 @@ def build_contestants(arguments: argparse.Namespace, hidden: int) -> list[Contes
     _check_sizes(config, arguments)
     ranks = {projection.name: hidden // arguments.rank_divisor for projection in factored_projections(config)}
     dense_config = config.model_copy(update={"parametrization": "dense"})
-    dense, ours = build_model(dense_config, {}, seed=SEED), build_model(config, ranks, seed=SEED)
+    dense = build_model(dense_config, {}, seed=SEED).to(device())
+    ours = build_model(config, ranks, seed=SEED).to(device())
     dtype, processes = DTYPES[arguments.dtype], tensor_size()
     tokens = arguments.micro_batch * arguments.sequence
     generator = torch.Generator().manual_seed(SEED)
