@@ -55,7 +55,7 @@ def engine_bytes(engine: DeepSpeedEngine) -> ResidentBytes:
     parameters = list(engine.module.parameters())
     weights = _storages(parameters)
     gradients = _storages(_gradients(engine, parameters))
-    state = _storages(fragment.values for fragment in optimizer_state(engine).fragments())
+    state = _storages(_masters_and_moments(engine))
     return ResidentBytes(
         sum(weights.values()),
         sum(nbytes for place, nbytes in gradients.items() if place not in weights),
@@ -69,6 +69,14 @@ def _gradients(engine: DeepSpeedEngine, parameters: Iterable[Tensor]) -> list[Te
     for partitions in getattr(engine.optimizer, "averaged_gradients", {}).values():
         found += [partition for partition in partitions or () if partition is not None]
     return found
+
+
+def _masters_and_moments(engine: DeepSpeedEngine) -> list[Tensor]:
+    """What AdamW steps, and its state, which exists before the first step because `optimizer_state` makes it."""
+    optimizer_state(engine)
+    adam: torch.optim.AdamW = engine.basic_optimizer
+    masters = [master for group in adam.param_groups for master in group["params"]]
+    return masters + [state for master in masters for state in adam.state[master].values()]
 
 
 def predicted_bytes(
