@@ -36,7 +36,7 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
     step."""
     stage = deepspeed_config["zero_optimization"]["stage"]
     if stage == 3:
-        partition(model, deepspeed_config, _precision(deepspeed_config))
+        partition(model, _precision(deepspeed_config))
     adamw = torch.optim.AdamW(
         parameter_groups(model, optimizer),
         lr=optimizer.learning_rate,

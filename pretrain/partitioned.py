@@ -7,8 +7,6 @@ a parameter is whole everywhere, and everything here says so.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
-
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -67,9 +65,13 @@ def replace_factors(layer: LayerWithFactors, A: Tensor, B: Tensor) -> None:
         old.convert_to_zero_parameters([layer.A, layer.B])  # type: ignore[attr-defined]
 
 
-def partition(model: EspalierModel, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
+def partition(model: EspalierModel, dtype: torch.dtype) -> None:
     """Partitions a whole model parameter by parameter, in `dtype`, on its way from the host to the device, which need
-    not have room for all of it; a collective. One that is partitioned stays as it is."""
+    not have room for all of it; a collective. One that is partitioned stays as it is.
+
+    Left to `deepspeed.initialize` (0.19.8), the whole model would go to the device first, and `torch.nn.functional.linear`
+    would be replaced for the rest of the process.
+    """
     parameters = list(model.parameters())
     if any(map(is_partitioned, parameters)):
         return
@@ -80,8 +82,8 @@ def partition(model: EspalierModel, deepspeed_config: dict[str, Any], dtype: tor
     deepspeed.zero.Init(
         module=model,
         data_parallel_group=data_group(),
+        mem_efficient_linear=False,
         dtype=dtype,
-        config_dict_or_path=deepspeed_config,
         mpu=DeepSpeedProcessGroups(),
     )
 

@@ -2,6 +2,8 @@
 
 import gc
 from collections import Counter
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -235,15 +237,23 @@ def test_factors_keep_the_stream_and_bottlenecks(family: str) -> None:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def _grown(recompute: Recompute) -> list[tuple[float, float]]:
+def _grown(case: Case) -> list[tuple[float, float]]:
     config = small_config("llama", hidden_dropout=0.1)
-    small = SmallRun(config, uniform_ranks(config, 4), Case(tensor=2, accumulation=2, recompute=recompute))
+    small = SmallRun(config, uniform_ranks(config, 4), case)
     curve = small.train(2)
     small.grow(uniform_ranks(config, 7))
     return curve + small.train(2)
 
 
-def test_a_run_that_grows_is_the_same_run() -> None:
-    plain = run(_grown, 2, "none")[0]
-    for recompute in ("factors", "layers"):
-        assert run(_grown, 2, recompute)[0] == plain
+@pytest.mark.parametrize(
+    ("processes", "case"),
+    [
+        (2, Case(tensor=2, accumulation=2)),
+        (2, Case(stage=3)),
+        pytest.param(4, Case(stage=3, tensor=2, accumulation=2, offload=True), marks=pytest.mark.matrix),
+    ],
+)
+def test_a_run_that_grows_is_the_same_run(processes: int, case: Case) -> None:
+    plain = run(_grown, processes, case)[0]
+    for recompute in get_args(Recompute):
+        assert run(_grown, processes, replace(case, recompute=recompute))[0] == plain
