@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from model.activations import Recompute
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError
 from pretrain.layout import lay_out
@@ -96,8 +95,8 @@ def _changes(config: RunConfig, candidate: Candidate) -> str:
         "train.micro_batch": (config.train.micro_batch, setup.micro_batch),
         "train.global_batch": (config.train.global_batch, candidate.global_batch),
         "deepspeed.stage": (config.deepspeed.stage, setup.stage),
-        "train.recompute": (getattr(config.train, "recompute", "none"), setup.recompute),
-        "deepspeed.offload_optimizer": (getattr(config.deepspeed, "offload_optimizer", False), setup.offload),
+        "train.recompute": (config.train.recompute, setup.recompute),
+        "deepspeed.offload_optimizer": (config.deepspeed.offload_optimizer, setup.offload),
     }
     changed = [f"{name}={str(to).lower()}" for name, (was, to) in settings.items() if was != to]
     return " ".join(changed) or "the settings as they are"
@@ -129,8 +128,8 @@ def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[t
     zero = zero_buffers(config)
     in_bottlenecks = model.parametrization == "factored" and model.factored_layers == "all"
     modes = [mode for mode in get_args(Recompute) if mode != "factors" or in_bottlenecks]
-    recompute = getattr(config.train, "recompute", "none")
-    offloaded = getattr(config.deepspeed, "offload_optimizer", False)
+    recompute = config.train.recompute
+    offloaded = config.deepspeed.offload_optimizer
     for stage in (0, 1, 2, 3):
         if stage == 0 and plain.precision != "fp32":
             continue

@@ -21,9 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.activations import FP32_BYTES, Recompute, activation_bytes
+from model.activations import FP32_BYTES, activation_bytes
 from model.communication import TensorTraffic
-from model.config import ModelConfig, round_up
+from model.config import ModelConfig, Recompute, round_up
 from model.parameter_shards import ParameterShard, parameter_shards
 from pretrain.layout import Layout
 

@@ -7,6 +7,7 @@ a parameter is whole everywhere, and everything here says so.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -69,8 +70,8 @@ def partition(model: EspalierModel, dtype: torch.dtype) -> None:
     """Partitions a whole model parameter by parameter, in `dtype`, on its way from the host to the device, which need
     not have room for all of it; a collective. One that is partitioned stays as it is.
 
-    Left to `deepspeed.initialize` (0.19.8), the whole model would go to the device first, and `torch.nn.functional.linear`
-    would be replaced for the rest of the process.
+    Left to `deepspeed.initialize` (0.19.8), the whole model would go to the device first, and
+    `torch.nn.functional.linear` would be replaced for the rest of the process.
     """
     parameters = list(model.parameters())
     if any(map(is_partitioned, parameters)):

@@ -103,9 +103,8 @@ def setup_of(config: RunConfig, processes: int) -> Setup:
         config.train.micro_batch,
         config.train.precision,
         config.deepspeed.stage,
-        # Settings that are younger than this module: without them nothing is offloaded or recomputed.
-        offload=getattr(config.deepspeed, "offload_optimizer", False),
-        recompute=getattr(config.train, "recompute", "none"),
+        offload=config.deepspeed.offload_optimizer,
+        recompute=config.train.recompute,
         zero=zero_buffers(config),
     )
 

@@ -27,7 +27,9 @@ def _config(family: str, parametrization: str = "factored") -> ModelConfig:
 
 def _setup(case: Case, processes: int) -> Setup:
     layout = Layout(case.tensor, processes // case.tensor, case.accumulation)
-    return Setup(layout, case.micro_batch, case.precision, case.stage, zero=ZeroBuffers(reduce_bucket_size=BUCKET))
+    return Setup(
+        layout, case.micro_batch, case.precision, case.stage, case.offload, zero=ZeroBuffers(reduce_bucket_size=BUCKET)
+    )
 
 
 def _bytes(tensors: list[Tensor], apart_from: frozenset[int] = frozenset()) -> int:
@@ -42,18 +44,27 @@ def _held(small: SmallRun) -> dict[str, int]:
     tokens, labels = some_tokens(small.config, case.micro_batch)
     engine.set_gradient_accumulation_boundary(False)
     engine.backward(engine(tokens, positions_of(tokens), None, labels=labels).mean())
+    zero = engine.optimizer
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if case.stage == 2:
-        gradients += [g for group in engine.optimizer.all_grad_tensors.values() for g in group]
     weights = [p.detach() for p in engine.module.parameters()]
+    if case.stage == 2 and not case.offload:
+        gradients += [g for group in zero.all_grad_tensors.values() for g in group]
+    if case.stage == 3:
+        gradients = [] if case.offload else [zero.grad_partitions_flat_buffer]
+        weights = [p.ds_tensor for p in engine.module.parameters()]
     weight_storages = frozenset(w.untyped_storage().data_ptr() for w in weights)
-    adam = engine.optimizer if case.stage == 0 else engine.optimizer.optimizer
+    adam = zero if case.stage == 0 else zero.optimizer
     masters = [master for group in adam.param_groups for master in group["params"]]
+    if case.stage == 3:
+        masters = zero.fp32_partitioned_groups_flat
     moments = [v for state in adam.state.values() for key, v in state.items() if key != "step"]
+    if case.offload:
+        masters += [master.grad for master in masters] + zero.param_buffer_of_bit16_for_cpu_offload_groups
+        masters.append(zero.temp_grad_buffer_for_cpu_offload)
     return {
         "weights": _bytes(weights),
         "gradients": _bytes(gradients),
-        "optimizer": _bytes([*masters, *moments], weight_storages),
+        "host" if case.offload else "optimizer": _bytes([*masters, *moments], weight_storages),
     }
 
 
@@ -72,7 +83,7 @@ def _check(config: ModelConfig, case: Case, processes: int) -> None:
     measured = run(_grown, processes, config, case)
     for moment, rank in enumerate(RANKS if config.parametrization != "dense" else RANKS[:1]):
         planned = plan_memory(config, uniform_ranks(config, rank), _setup(case, processes))
-        for key in ("weights", "gradients", "optimizer"):
+        for key in measured[0][moment]:
             fullest = max(process[moment][key] for process in measured)
             assert getattr(planned, key) == pytest.approx(fullest, rel=0.05), (key, case, rank)
 
@@ -86,10 +97,15 @@ def test_an_engine_holds_what_is_planned(case: Case) -> None:
     _check(_config("gpt2"), case, 2)
 
 
+@pytest.mark.parametrize("case", [Case(3, "bf16", accumulation=2), Case(2, "bf16", offload=True)], ids=str)
+def test_an_engine_without_whole_states_holds_what_is_planned(case: Case) -> None:
+    _check(_config("llama"), case, 2)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("tensor", "processes"), [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4)])
 def test_every_engine_holds_what_is_planned(
     tensor: int, processes: int, stage: int, precision: str, family: str
