@@ -11,8 +11,7 @@ tensor-parallel process, e bytes each, in DeepSpeed 0.19.8:
 | 3     | e·N/d   | e·N/d                             | 4·N/d   | 8·N/d   | and gradients                            |
 
 On 1 and 2 each optimizer group is one flat tensor, padded to a multiple of 2·d; stage 2 keeps the gradients of whole
-parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut, and in fp32 the
-partitions are the masters. Beside that there are buckets of the gradient reduction, on stage 3 gathered parameters (the
+parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut. Beside that there are buckets of the gradient reduction, on stage 3 gathered parameters (the
 small ones always; the others from their forward to their backward pass, as far as `stage3_max_reuse_distance` reaches
 both ways), and what a step needs when the activations are gone: the gradient's partition once more, in fp32.
 """
@@ -162,8 +161,7 @@ def _partitioned(shards: Sequence[ParameterShard], setup: Setup) -> dict[str, in
     gathered = sum(gathered_numbers(shards, zero)) + largest + zero.stage3_prefetch_bucket_size
     bucket = 2 * zero.reduce_bucket_size * e  # one to fill, one to scatter from
     buffers = min(gathered, total_numbers(shards)) * e + bucket + largest * e
-    masters = 0 if e == FP32_BYTES and not setup.offload else FP32_BYTES * trained
-    state = masters + 2 * FP32_BYTES * trained
+    state = 3 * FP32_BYTES * trained
     if setup.offload:
         return _sizes(partition * e, 0, 0, buffers, bucket, state + (FP32_BYTES + e) * trained)
     return _sizes(partition * e, trained * e, state, buffers, trained * (e + FP32_BYTES) + bucket)

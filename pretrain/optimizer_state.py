@@ -212,10 +212,11 @@ def frozen_fragments(model: EspalierModel) -> Iterator[Fragment]:
 
 def gather(fragments: Iterable[Fragment], shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
     """One parameter's whole shard on every data-parallel process, per key with `shape`; a collective over them."""
+    if data_size() == 1:
+        return {fragment.key: fragment.values.to(device).view(shape) for fragment in fragments}
     whole = torch.zeros(len(KEYS), shape.numel(), device=device)
     for fragment in fragments:
         row = whole[KEYS.index(fragment.key)]
         row.narrow(0, fragment.start, fragment.values.numel()).copy_(fragment.values)
-    if data_size() > 1:
-        dist.all_reduce(whole, group=data_group())
+    dist.all_reduce(whole, group=data_group())
     return {key: values.view(shape) for key, values in zip(KEYS, whole, strict=True)}

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from pydantic import ValidationError
 
 from model.process_groups import data_size
-from pretrain.config import DeepSpeedConfig
 from pretrain.engine import tear_down
+from pretrain.partitioned import shape_of
 from pretrain.trainer import Trainer
 from tools.growing_run import PHASES, PhaseClock, growing_trainer, watched, watched_events
 from tools.resident_bytes import PeakBytes, engine_bytes, predicted_bytes, process_bytes, tensor_bytes
@@ -26,22 +25,13 @@ Row = dict[str, Any]
 def memory(arguments: argparse.Namespace) -> tuple[list[Row], Iterator[str]]:
     """Rows of every process and stage: one a moment, and one for the peak of each event."""
     rows: list[Row] = []
-    for stage in _stages():
+    for stage in range(4):
         here = growing_memory(growing_trainer(arguments, stage, [2] * (EVENTS + 1)))
         everyone: list[list[Row] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, here)
         for process, found in enumerate(everyone):
             rows += [{"stage": stage, "process": process, **row} for row in found or ()]
     return rows, _memory_table(rows)
-
-
-def _stages() -> Iterator[int]:
-    """What a config may ask for."""
-    for stage in range(4):
-        try:
-            yield DeepSpeedConfig(stage=stage).stage
-        except ValidationError:
-            continue
 
 
 def growing_memory(trainer: Trainer) -> list[Row]:
@@ -61,7 +51,8 @@ def growing_memory(trainer: Trainer) -> list[Row]:
                 tensor=trainer.layout.tensor,
                 data=data_size(),
             )
-            kinds = ("weights", "state") + (("gradients",) if phase == "backward" else ())
+            with_gradients = phase == "backward" or trainer.config.deepspeed.stage == 3
+            kinds = ("weights", "state") + (("gradients",) if with_gradients else ())
             row |= {f"{kind}_bytes": getattr(found, kind) for kind in ("weights", "gradients", "state")}
             row |= {"predicted_bytes": sum(getattr(expected, kind) for kind in kinds), "found_bytes": found.total}
         rows.append(row | {"all_tensors_bytes": tensor_bytes(), "process_bytes": process_bytes()})
@@ -81,7 +72,7 @@ def growing_memory(trainer: Trainer) -> list[Row]:
 def _peak_of_event(trainer: Trainer, clock: PhaseClock) -> Row:
     gc.collect()
     steady, before = engine_bytes(trainer.engine).total, process_bytes()
-    largest = max(parameter.numel() for parameter in trainer.model.trained_parameters().values())
+    largest = max(shape_of(parameter).numel() for parameter in trainer.model.trained_parameters().values())
     clock.switch("measure")
     with PeakBytes() as peak:
         trainer.decide_if_due()

@@ -2,12 +2,13 @@
 
 With N numbers on a process, d data-parallel processes and e bytes a number,
 
-| ZeRO | weights | gradients before the optimizer's step  | masters and moments      |
-|------|---------|----------------------------------------|--------------------------|
-| 0    | e N     | e N                                    | 8 N: weights are masters |
-| 1, 2 | e N     | e N / d, reduced in the last micro-step | 12 N / d                 |
+| ZeRO | weights | gradients before the optimizer's step   | masters and moments                            |
+|------|---------|-----------------------------------------|------------------------------------------------|
+| 0    | e N     | e N                                     | 8 N: weights are masters                       |
+| 1, 2 | e N     | e N / d, reduced in the last micro-step | 12 N / d                                       |
+| 3    | e N / d | e N / d, a buffer that always stands    | 12 N / d                                       |
 
-and no gradients after it.
+and no gradients after it, but for the buffer. Parameters that ZeRO 3 has gathered are not counted.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ from torch import Tensor
 from model.arithmetic import total_parameters, trained_parameters
 from model.config import ModelConfig
 from pretrain.optimizer_state import optimizer_state
+from pretrain.partitioned import held
 
 _SAMPLE_SECONDS = 0.002
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -53,7 +55,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 def engine_bytes(engine: DeepSpeedEngine) -> ResidentBytes:
     """Storages of the engine's weights, gradients, masters and moments, whole buffers where they are flat."""
     parameters = list(engine.module.parameters())
-    weights = _storages(parameters)
+    weights = _storages(held(parameter)[1] for parameter in parameters)
     gradients = _storages(_gradients(engine, parameters))
     state = _storages(_masters_and_moments(engine))
     return ResidentBytes(
@@ -64,7 +66,10 @@ def engine_bytes(engine: DeepSpeedEngine) -> ResidentBytes:
 
 
 def _gradients(engine: DeepSpeedEngine, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Whole ones, and the partitions that ZeRO 1 and 2 of DeepSpeed 0.19.8 keep in `averaged_gradients`."""
+    """Whole ones, and the partitions that DeepSpeed 0.19.8 keeps in `averaged_gradients` (ZeRO 1 and 2) or in a buffer
+    (ZeRO 3)."""
+    if engine.zero_optimization_stage() == 3:
+        return [engine.optimizer.grad_partitions_flat_buffer]
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for partitions in getattr(engine.optimizer, "averaged_gradients", {}).values():
         found += [partition for partition in partitions or () if partition is not None]
@@ -73,7 +78,9 @@ def _gradients(engine: DeepSpeedEngine, parameters: Iterable[Tensor]) -> list[Te
 
 def _masters_and_moments(engine: DeepSpeedEngine) -> list[Tensor]:
     """What AdamW steps, and its state, which exists before the first step because `optimizer_state` makes it."""
-    optimizer_state(engine)
+    state = optimizer_state(engine)
+    if engine.zero_optimization_stage() == 3:
+        return [fragment.values for fragment in state.fragments()]
     adam: torch.optim.AdamW = engine.basic_optimizer
     masters = [master for group in adam.param_groups for master in group["params"]]
     return masters + [state for master in masters for state in adam.state[master].values()]
@@ -86,7 +93,7 @@ def predicted_bytes(
     numbers, trained = (count(config, ranks) // tensor for count in (total_parameters, trained_parameters))
     element = 4 if precision == "fp32" else 2
     return ResidentBytes(
-        element * numbers,
+        element * numbers // (data if stage == 3 else 1),
         element * trained // (data if stage else 1),
         8 * trained if stage == 0 else 12 * trained // data,
     )

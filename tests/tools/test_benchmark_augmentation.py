@@ -34,16 +34,16 @@ def test_benchmark_writes_rows_of_a_real_run(tmp_path: Path) -> None:
     assert (first["rank_before"], first["rank_after"], second["rank_after"]) == (16, 24, 32)
     assert set(first["phases_seconds"]) == set(PHASES)
     assert (whole["steps"], whole["steps_taken"]) == (2000, 6)
-    assert {row["stage"] for row in facts["memory"]} >= {0, 1, 2}
-    _check_memory(facts["memory"])
+    for stage in range(4):
+        _check_memory([row for row in facts["memory"] if row["stage"] == stage], stage)
 
 
-def _check_memory(rows: list[dict[str, Any]]) -> None:
+def _check_memory(rows: list[dict[str, Any]], stage: int) -> None:
     moments = [row for row in rows if "predicted_bytes" in row]
     assert {row["moment"] for row in moments} == {"backward", "optimizer"}
     for row in moments:
         assert deviation(row) < 0.05, row
-        assert (row["gradients_bytes"] > 0) == (row["moment"] == "backward")
+        assert (row["gradients_bytes"] > 0) == (row["moment"] == "backward" or stage == 3)
     peaks = [row for row in rows if row["moment"] == "peak"]
     assert all(row["growth_bytes"] > 0 for row in peaks)
     assert {row["moment"] for row in rows} >= set(PHASES)
@@ -62,12 +62,13 @@ def _held(tensor: int, stage: int, precision: str) -> list[dict[str, Any]]:
     ("processes", "tensor", "stage", "precision"),
     [
         (2, 1, 1, "bf16"),
-        *(pytest.param(2, 2, stage, "fp32", marks=pytest.mark.matrix) for stage in (0, 1, 2)),
-        *(pytest.param(4, 2, stage, "bf16" if stage else "fp32", marks=pytest.mark.matrix) for stage in (0, 1, 2)),
+        (2, 1, 3, "bf16"),
+        *(pytest.param(2, 2, stage, "fp32", marks=pytest.mark.matrix) for stage in range(4)),
+        *(pytest.param(4, 2, stage, "bf16" if stage else "fp32", marks=pytest.mark.matrix) for stage in range(4)),
     ],
 )
 def test_a_growing_run_holds_what_its_ranks_predict(processes: int, tensor: int, stage: int, precision: str) -> None:
     for rows in run(_held, processes, tensor, stage, precision):
-        _check_memory(rows)
+        _check_memory(rows, stage)
         before, *_, after = (row["found_bytes"] for row in rows if row["moment"] == "optimizer")
         assert after > before
