@@ -24,18 +24,19 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from model.collective_counter import CollectiveCounter
 from model.communication import Collective, StepCollectives, total
 from model.process_groups import device, initialize_process_groups, tensor_size
 from pretrain.errors import ConfigError, run_command
-from pretrain.processes import is_first_process, joined_processes
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
 from tools.arguments import positive
 from tools.network_namespaces import transmitted_bytes
@@ -53,17 +54,30 @@ def main() -> None:
     if "RANK" not in os.environ:
         launch(arguments, Path(__file__).resolve())
         return
-    with joined_processes() as processes:
-        initialize_process_groups(processes)
+    with _one_tensor_parallel_group():
         facts = _facts(arguments)
         for hidden in arguments.hidden:
             measured = measure(arguments, hidden)
             for section, rows in measured.items():
                 facts[section] += rows
-            if is_first_process():
+            if dist.get_rank() == 0:
                 print(report(measured), flush=True)
-        if is_first_process() and arguments.json is not None:
+        if dist.get_rank() == 0 and arguments.json is not None:
             replace_text(arguments.json, json_text(facts, indent=2) + "\n")
+
+
+@contextmanager
+def _one_tensor_parallel_group() -> Iterator[None]:
+    """Joins the launcher's processes; without DeepSpeed, which has no part in the layers and compiles at its start."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        initialize_process_groups(dist.get_world_size())
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +224,7 @@ def _profile(contestant: Contestant, stem: Path) -> None:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         _timed(contestant.run())
-    if is_first_process():
+    if dist.get_rank() == 0:
         stem.parent.mkdir(parents=True, exist_ok=True)
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         stem.with_suffix(".txt").write_text(profiler.key_averages().table(sort_by=key, row_limit=40), encoding="utf-8")
