@@ -11,9 +11,10 @@ tensor-parallel process, e bytes each, in DeepSpeed 0.19.8:
 | 3     | e·N/d   | e·N/d                             | 4·N/d   | 8·N/d   | and gradients                            |
 
 On 1 and 2 each optimizer group is one flat tensor, padded to a multiple of 2·d; stage 2 keeps the gradients of whole
-parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut. Beside that there are buckets of the gradient reduction, on stage 3 gathered parameters (the
-small ones always; the others from their forward to their backward pass, as far as `stage3_max_reuse_distance` reaches
-both ways), and what a step needs when the activations are gone: the gradient's partition once more, in fp32.
+parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut. Beside that
+there are buckets of the gradient reduction, on stage 3 gathered parameters (the small ones always; others from their
+forward to their backward pass, as far as `stage3_max_reuse_distance` reaches both ways), and what a step needs when the
+activations are gone: the gradient's partition once more, in fp32.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,12 +5,14 @@ process's slice of the flat parameter (all of equal length, the last ones padded
 a parameter is whole everywhere, and everything here says so.
 """
 
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 
 from model.gpt import EspalierModel, LayerWithFactors
@@ -100,8 +102,11 @@ def forget_engine(model: EspalierModel) -> None:
     """Removes what an engine's ZeRO 3 leaves on the model, so that it dies and another can be built around it.
 
     DeepSpeed 0.19.8 leaves on every module the closures of its backward hooks, which the next engine would go on using,
-    and the dictionary of the parameters it had; on every parameter its optimizer; and the model on a stack of its own.
+    and the dictionary of the parameters it had; on every parameter its optimizer; the model on a stack of its own; and
+    the coordinator of the parameters, with all of them, in a cache of one of its methods.
     """
+    instrumented = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(instrumented).nonlocals["func"].cache_clear()
     for module in model.modules():
         module._parameters = dict(module._parameters)
         for name in [name for name in vars(module) if name.startswith("ds_") or name in _LEFT_ON_MODULES]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -153,5 +154,8 @@ def uniform_ranks(config: ModelConfig, rank: int) -> dict[str, int]:
 
 
 def live_engines() -> int:
+    """Engines, and what ZeRO 3 makes one of for each of its own."""
     gc.collect()
-    return sum(isinstance(thing, DeepSpeedEngine) for thing in gc.get_objects())
+    kinds = (DeepSpeedEngine, PartitionedParameterCoordinator)
+    things = gc.get_objects()
+    return max(sum(isinstance(thing, kind) for thing in things) for kind in kinds)
