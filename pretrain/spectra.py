@@ -36,6 +36,8 @@ def _spread(
 ) -> dict[str, Tensor]:
     """`sizes[name]` singular values of what `grams_of` gives for each layer's A and B."""
     layers = model.factored_layers()
+    if not layers:  # a dense model
+        return {}
     names, round_size = list(layers), data_size() * tensor_size()
     found = {name: torch.zeros(sizes[name], dtype=torch.float64, device=device()) for name in names}
     for start in range(0, len(names), round_size):
