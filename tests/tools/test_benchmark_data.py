@@ -29,6 +29,7 @@ def test_targets(loader: float, preprocess: float, words: list[str]) -> None:
     assert [line.rpartition(" ")[2] for line in verdicts(rows(loader, preprocess))] == words
 
 
+@pytest.mark.slow
 def test_tool_times_tokenizer_and_loader(tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
