@@ -249,8 +249,7 @@ def _grown(case: Case) -> list[tuple[float, float]]:
     ("processes", "case"),
     [
         (2, Case(tensor=2, accumulation=2)),
-        (2, Case(stage=3)),
-        pytest.param(4, Case(stage=3, tensor=2, accumulation=2, offload=True), marks=pytest.mark.matrix),
+        pytest.param(4, Case(stage=2, tensor=2, accumulation=2, offload=True), marks=pytest.mark.matrix),
     ],
 )
 def test_a_run_that_grows_is_the_same_run(processes: int, case: Case) -> None:
