@@ -1,7 +1,7 @@
 """Times whole training steps of dense and factored models: forward, backward, clipping and AdamW, through DeepSpeed.
 
     python tools/benchmark_step.py --json step.json --profile profile/
-    python tools/benchmark_step.py --layers 24 --repeats 5                    (all of GPT-2 medium: 16 GB in fp32)
+    python tools/benchmark_step.py --layers 24 --repeats 5                    (all of GPT-2 medium)
     python tools/benchmark_step.py --layers 2 --hidden 64 --heads 4 --sequence 64 --vocabulary 500 --repeats 2
     python tools/benchmark_step.py --ranks 240 248 256 264 272                (which ranks do the matrix products like?)
     python tools/benchmark_step.py --largest --hidden 4096 --heads 32         (on a GPU alone)
