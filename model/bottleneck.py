@@ -24,14 +24,13 @@ class _Down(torch.autograd.Function):
     """A product on one process."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, A: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, A)
-        return kept(lambda: tokens @ A.t())
+    def forward(ctx: Any, tokens: Tensor, A: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(tokens, A, weight)
+        return kept(lambda: tokens @ _weighted(A, weight).t())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, A = ctx.saved_tensors
-        return gradient @ A, gradient.t() @ tokens
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return _gradients(gradient, *ctx.saved_tensors)
 
 
 class _ReducedDown(torch.autograd.Function):
@@ -43,19 +42,35 @@ class _ReducedDown(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, A: Tensor, statistics: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(tokens, A)
+    def forward(
+        ctx: Any, tokens: Tensor, A: Tensor, weight: Tensor | None, statistics: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(tokens, A, weight)
         ctx.index = tensor_index()
-        buffer = kept(lambda: _reduced(tokens, A, statistics, rows))
+        buffer = kept(lambda: _reduced(tokens, _weighted(A, weight), statistics, rows))
         product, everyone, every_rows = _regions(buffer, tokens, A, statistics, rows)
         # Rows of their own, or they would keep the whole buffer alive.
         return product, everyone.float().sum(dim=2), every_rows.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         product, statistics, rows = gradients
-        tokens, A = ctx.saved_tensors
-        return product @ A, product.t() @ tokens, statistics[:, ctx.index], rows[ctx.index]
+        return *_gradients(product, *ctx.saved_tensors), statistics[:, ctx.index], rows[ctx.index]
+
+
+def _weighted(A: Tensor, weight: Tensor | None) -> Tensor:
+    """A ⊙ g. Made twice and never saved: ZeRO 3 takes parameters back between the passes, and could not take it."""
+    return A if weight is None else A * weight
+
+
+def _gradients(
+    gradient: Tensor, tokens: Tensor, A: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of `tokens (tokens, in/tp)`, `A (rank, in/tp)` and `weight (in/tp)`, from that of the product."""
+    of_weighted = gradient.t() @ tokens
+    if weight is None:
+        return gradient @ A, of_weighted, None
+    return gradient @ _weighted(A, weight), of_weighted * weight, (of_weighted * A).sum(dim=0)
 
 
 def _reduced(tokens: Tensor, A: Tensor, statistics: Tensor, rows: Tensor) -> Tensor:
@@ -91,15 +106,18 @@ def _regions(
     )
 
 
-def down(tokens: Tensor, A: Tensor, statistics: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`tokens (tokens, in/tp)` times `A (rank, in/tp)`, summed over the group in one all-reduce.
+def down(
+    tokens: Tensor, A: Tensor, weight: Tensor | None, statistics: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tokens (tokens, in/tp)` times `A (rank, in/tp)`, its columns scaled by a norm's `weight (in/tp)` if there is
+    one, summed over the group in one all-reduce.
 
     This process's `statistics (tokens, k)` in fp32 and `rows (m, rank)` ride along; returns `(tokens, rank)`, the
     statistics of all processes `(tokens, tp, k)` and their rows `(tp, m, rank)`.
     """
     if tensor_size() == 1:
-        return _Down.apply(tokens, A), statistics.unsqueeze(1), rows.unsqueeze(0)
-    return _ReducedDown.apply(tokens, A, statistics, rows)
+        return _Down.apply(tokens, A, weight), statistics.unsqueeze(1), rows.unsqueeze(0)
+    return _ReducedDown.apply(tokens, A, weight, statistics, rows)
 
 
 class _Up(torch.autograd.Function):

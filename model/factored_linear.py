@@ -93,15 +93,14 @@ class FactoredLinear(nn.Module):
         nothing = tokens.new_empty(0, A.shape[0])
         if self.norm is None or self.norm_weight is None:
             no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
-            return down(tokens, A, no_statistics, nothing)[0]
-        scaled_A = A * self.norm_weight
+            return down(tokens, A, None, no_statistics, nothing)[0]
         statistics, values = local_statistics(tokens, self.norm)
         if self.norm_bias is None:
-            product, everyone, _ = down(values, scaled_A, statistics, nothing)
+            product, everyone, _ = down(values, A, self.norm_weight, statistics, nothing)
             _, scale = mean_and_scale(everyone, self.epsilon)
             return (product * scale).to(tokens.dtype)  # fp32 times 16 bits is computed in fp32
-        sums = torch.stack([scaled_A.sum(dim=1), A @ self.norm_bias])
-        product, everyone, rows = down(values, scaled_A, statistics, sums)
+        sums = torch.stack([self.norm_weight, self.norm_bias]) @ A.t()
+        product, everyone, rows = down(values, A, self.norm_weight, statistics, sums)
         mean, scale = mean_and_scale(everyone, self.epsilon)
         between = (everyone[..., 0] - mean) @ rows[:, 0].float()
         return ((product + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)

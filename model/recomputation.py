@@ -14,8 +14,9 @@ processes than query groups megatron-core 0.16.1 gathers q, k and v between B an
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class RecomputedLayer(TransformerLayer):
     def __init__(self, *args: Any, recompute: Recompute, counter: DropoutCounter, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._recompute, self._counter = recompute, counter
+        self.recomputing: Callable[[], AbstractContextManager] = nullcontext
+        """What the second forward pass runs in, beside what it is here; ZeRO 3 has something to add."""
 
     def forward(self, hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         """`hidden_states` and the first result `(seq, batch, width of the stream on this process)`."""
@@ -78,13 +81,12 @@ class RecomputedLayer(TransformerLayer):
             return super().forward(hidden_states, **inputs)
         step, micro_step, tape = self._counter.step, self._counter.micro_step, _Tape()
         forward = super().forward
+        passes = chain([nullcontext], repeat(self.recomputing))
 
         def run(hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-            with self._counter.at(step, micro_step):
-                if self._recompute == "layers":
-                    return forward(hidden_states, **inputs)
-                with tape.running():
-                    return forward(hidden_states, **inputs)
+            taped = tape.running() if self._recompute == "factors" else nullcontext()
+            with next(passes)(), self._counter.at(step, micro_step), taped:
+                return forward(hidden_states, **inputs)
 
         # To the end, although the last sums are not needed: stopped halfway, a module's forward hooks (ZeRO stage 3 has
         # its own) would see the beginning of a forward pass alone.

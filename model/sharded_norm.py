@@ -79,7 +79,7 @@ class ShardedNorm(nn.Module):
         # fp32 for the exchange: two numbers a token are not worth rounding.
         nothing = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
         statistics, _ = local_statistics(tokens, self.kind)
-        _, statistics, _ = down(nothing, nothing[:0], statistics, nothing[:0])
+        _, statistics, _ = down(nothing, nothing[:0], None, statistics, nothing[:0])
         mean, scale = mean_and_scale(copy_to_group(statistics), self.epsilon)
         normalized = ((tokens.float() - mean) * scale).to(stream.dtype) * self.weight
         if self.bias is not None:

@@ -44,11 +44,23 @@ def update_grams(A: Tensor, B: Tensor, initial_A: Tensor, initial_B: Tensor) -> 
 
 
 def _grams(A: Tensor, B: Tensor, sharded_A: bool, sharded_B: bool) -> Grams:
-    of_A, of_B = A @ A.t(), B.t() @ B
+    of_A, of_B = _gram(A.t()), _gram(B)
     if sharded_A and sharded_B:
         of_A, of_B = summed(torch.stack([of_A, of_B]), True)
         return Grams(of_A, of_B)
     return Grams(summed(of_A, sharded_A), summed(of_B, sharded_B))
+
+
+def _gram(columns: Tensor) -> Tensor:
+    """`Xᵀ X` of `columns (n, rank)`. It is symmetric, and three of its four blocks give the other; torch has no
+    syrk."""
+    first, second = columns.tensor_split(2, dim=1)
+    half = first.shape[1]
+    gram = columns.new_empty(columns.shape[1], columns.shape[1])
+    gram[:half] = first.t() @ columns
+    gram[half:, half:] = second.t() @ second
+    gram[half:, :half] = gram[:half, half:].t()
+    return gram
 
 
 def singular_values(product: Grams) -> Tensor:

@@ -35,7 +35,7 @@ from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm
-from pretrain.engine import release_free_memory, tear_down
+from pretrain.engine import evaluating, release_free_memory, tear_down
 from pretrain.errors import agreed
 from pretrain.optimizer_state import optimizer_state
 from pretrain.partitioned import gathered, replace_factors
@@ -262,10 +262,8 @@ def _fixed_batch_logits(engine: DeepSpeedEngine) -> Tensor:
     config = engine.module.model_config
     positions = torch.arange(min(config.sequence_length, 32), device=device()).unsqueeze(0)
     tokens = (positions * 7919 + 17) % config.vocabulary
-    engine.eval()
-    logits = engine(tokens, positions, None)
-    engine.train()
-    return logits
+    with evaluating(engine):
+        return engine(tokens, positions, None)
 
 
 def _refuse_non_finite(logits: Tensor, step: int) -> None:

@@ -134,12 +134,6 @@ class RunConfig(_Section):
         if self.train.batch_ramp is not None:
             check_ramp(self.train.batch_ramp, self.train.global_batch, self.train.steps)
         check_recompute(self.model, self.train.recompute)
-        if self.deepspeed.stage == 3 and self.train.recompute != "none":
-            # A parameter that ZeRO 3 has released again after the recomputation is empty when its gradient arrives.
-            raise ValueError(
-                f"train.recompute {self.train.recompute} does not work with deepspeed.stage 3 yet: set "
-                "train.recompute=none, or deepspeed.stage=2"
-            )
         check_rank_config(self.rank, factored_projections(self.model), self.train.steps)
         if self.deepspeed.stage == 0 and self.train.precision != "fp32":
             # DeepSpeed's 16-bit optimizers without ZeRO take a throw-away Adam step when they are built, and their

@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from model.gpt import EspalierModel
 from model.process_groups import DeepSpeedProcessGroups, tensor_group, tensor_index
-from pretrain.partitioned import fetch_tied_weight, forget_engine, partition, shape_of
+from pretrain.partitioned import fetch_tied_weight, forget_engine, hold_while_recomputing, partition, shape_of
 from pretrain.schedule import OptimizerConfig
 
 
@@ -49,6 +51,7 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
     )
     if stage == 3:
         fetch_tied_weight(model)
+        hold_while_recomputing(model)
     return engine
 
 
@@ -103,6 +106,20 @@ def release_free_memory() -> None:
         trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside it forward passes without dropout.
+
+    ZeRO 3 (DeepSpeed 0.19.8) fetches parameters ahead, in the order of a training step. After a forward pass alone some
+    are still on their way, and can neither be gathered nor replaced: here they arrive and are released.
+    """
+    engine.eval()
+    yield
+    engine.train()
+    if engine.zero_optimization_stage() == 3:
+        engine.empty_partition_cache()
 
 
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:

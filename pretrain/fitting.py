@@ -133,7 +133,7 @@ def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[t
     for stage in (0, 1, 2, 3):
         if stage == 0 and plain.precision != "fp32":
             continue
-        for mode in modes if stage < 3 else modes[:1]:
+        for mode in modes:
             for offload in (False, True) if stage else (False,):
                 away = float(abs(stage - config.deepspeed.stage))
                 away += 0.0 if mode == recompute else 1.0 + 0.5 * modes.index(mode)

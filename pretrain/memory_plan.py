@@ -13,8 +13,8 @@ tensor-parallel process, e bytes each, in DeepSpeed 0.19.8:
 On 1 and 2 each optimizer group is one flat tensor, padded to a multiple of 2·d; stage 2 keeps the gradients of whole
 parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut. Beside that
 there are buckets of the gradient reduction, on stage 3 gathered parameters (the small ones always; others from their
-forward to their backward pass, as far as `stage3_max_reuse_distance` reaches both ways), and what a step needs when the
-activations are gone: the gradient's partition once more, in fp32.
+forward to their backward pass, see `gathered_numbers`), and what a step needs when the activations are gone: the
+gradient's partition once more, in fp32.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +40,7 @@ class ZeroBuffers:
     reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False
     stage3_param_persistence_threshold: int = 100_000
+    stage3_max_live_parameters: int = 1_000_000_000
     stage3_max_reuse_distance: int = 1_000_000_000
     stage3_prefetch_bucket_size: int = 50_000_000
 
@@ -169,9 +170,14 @@ def _partitioned(shards: Sequence[ParameterShard], setup: Setup) -> dict[str, in
 
 
 def gathered_numbers(shards: Iterable[ParameterShard], zero: ZeroBuffers) -> tuple[int, int]:
-    """What stage 3 leaves gathered: small parameters always, others from their forward to their backward pass."""
+    """What stage 3 leaves gathered: small parameters always, others from their forward to their backward pass.
+
+    Where DeepSpeed 0.19.8 fetches ahead, it does so for every module that is reached, up to the limit on live
+    parameters, and what it finds gathered on the way it does not release before its next use.
+    """
     small = sum(s.numbers for s in shards if s.numbers <= zero.stage3_param_persistence_threshold)
-    return small, min(total_numbers(shards) - small, zero.stage3_max_reuse_distance // 2)
+    ahead = zero.stage3_max_live_parameters if zero.stage3_prefetch_bucket_size else 0
+    return small, min(total_numbers(shards) - small, max(zero.stage3_max_reuse_distance // 2, ahead))
 
 
 def total_numbers(shards: Iterable[ParameterShard]) -> int:

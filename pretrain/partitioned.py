@@ -6,21 +6,25 @@ a parameter is whole everywhere, and everything here says so.
 """
 
 import inspect
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.gpt import EspalierModel, LayerWithFactors
 from model.process_groups import DeepSpeedProcessGroups, data_group, data_index, device
+from model.recomputation import RecomputedLayer
 
 _LEFT_ON_MODULES = (
     "_external_params", "_original_parameters", "applied_pre_backward_ref_cnt", "post_bwd_fn", "pre_bwd_fn",
 )  # fmt: skip
+_RECOMPUTATION = -1
+"""A user of parameters beside modules, which DeepSpeed numbers from 0."""
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -96,6 +100,29 @@ def fetch_tied_weight(model: EspalierModel) -> None:
     if model.model_config.tied_embeddings:
         weight = model.shared_embedding_or_output_weight()
         deepspeed.zero.register_external_parameter(model.output_layer, weight)
+
+
+def hold_while_recomputing(model: EspalierModel) -> None:
+    """Has the layers that recompute keep their parameters whole while they do, up to each one's own backward pass.
+
+    DeepSpeed 0.19.8's hooks would release them after the second forward pass as after the first, and the gradients that
+    are due would meet empty parameters. One layer's are whole at a time.
+    """
+    for module in model.modules():
+        if isinstance(module, RecomputedLayer):
+            module.recomputing = partial(_in_use, module)
+
+
+@contextmanager
+def _in_use(module: nn.Module) -> Iterator[None]:
+    """Inside it no hook releases the module's parameters, which are released only where no module uses them."""
+    for parameter in module.parameters():
+        parameter.ds_active_sub_modules.add(_RECOMPUTATION)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in module.parameters():
+            parameter.ds_active_sub_modules.discard(_RECOMPUTATION)  # type: ignore[attr-defined]
 
 
 def forget_engine(model: EspalierModel) -> None:

@@ -36,6 +36,7 @@ from model.process_groups import data_group, data_size, device
 from model.spectrum import gram_singular_values, matrix_singular_values, singular_values, update_grams
 from pretrain.checkpoint_format import Fragment
 from pretrain.config import RunConfig
+from pretrain.engine import evaluating
 from pretrain.initial_values import InitialValues
 from pretrain.optimizer_state import gather, optimizer_state
 from pretrain.partitioned import shape_of
@@ -119,9 +120,8 @@ class Tracker:
 
         layers = enumerate(engine.module.decoder.layers)
         hooks = [layer.register_forward_hook(partial(behind, f"layer_{index:02d}")) for index, layer in layers]
-        engine.eval()
-        engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
-        engine.train()
+        with evaluating(engine):
+            engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
         for hook in hooks:
             hook.remove()
         return spectra

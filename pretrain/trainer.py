@@ -27,7 +27,7 @@ from pretrain.checkpoint_writer import write_checkpoint
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus, batch_at, micro_batch_start
 from pretrain.deepspeed_config import deepspeed_dict
-from pretrain.engine import build_engine, gradient_norm, set_learning_rate
+from pretrain.engine import build_engine, evaluating, gradient_norm, set_learning_rate
 from pretrain.errors import agreed
 from pretrain.initial_values import initial_model
 from pretrain.layout import Layout
@@ -193,15 +193,14 @@ class Trainer:
         masked = self.config.train.objective == "mlm"
         sums = torch.zeros(3, dtype=torch.float64)
         self._refuse_non_finite_weights()
-        self.engine.eval()
-        for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
-            batch = self._validation_batch(micro_step)
-            mask = batch["loss_mask"].double()
-            logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
-            losses = self.model.compute_language_model_loss(batch["labels"].to(device()), logits.transpose(0, 1))
-            counted = self._right_tokens(logits, batch) if masked else byte_lengths[batch["labels"]]
-            sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), mask, counted)])
-        self.engine.train()
+        with evaluating(self.engine):
+            for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
+                batch = self._validation_batch(micro_step)
+                mask = batch["loss_mask"].double()
+                logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
+                losses = self.model.compute_language_model_loss(batch["labels"].to(device()), logits.transpose(0, 1))
+                counted = self._right_tokens(logits, batch) if masked else byte_lengths[batch["labels"]]
+                sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), mask, counted)])
         sums = sums.to(device())
         dist.all_reduce(sums, group=data_group())
         nats, tokens, counted = sums.tolist()

@@ -26,6 +26,12 @@ from pretrain.schedule import OptimizerConfig
 from pretrain.stash import Stash
 from tests.parallel_model import gather_logical, positions_of
 
+RELEASING = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+"""With them ZeRO 3 releases every parameter after use, however small the model is."""
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 
 
@@ -55,6 +61,8 @@ def deepspeed_settings(case: Case) -> dict[str, Any]:
         "zero_optimization": {"stage": case.stage, "reduce_bucket_size": 10_000_000},
         "steps_per_print": 10**9,
     }
+    if case.stage == 3:
+        settings["zero_optimization"] |= RELEASING
     if case.offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         settings["zero_force_ds_cpu_optimizer"] = False

@@ -13,7 +13,7 @@ from model.process_groups import tensor_group, tensor_size
 from pretrain.config import load_config
 from pretrain.train import run_training
 from pretrain.trainer import Trainer
-from tests.parallel_engine import allow_fp16_on_cpu
+from tests.parallel_engine import RELEASING, allow_fp16_on_cpu
 from tests.parallel_model import positions_of
 from tools.documents import find_files
 from tools.preprocess_corpus import preprocess
@@ -53,6 +53,12 @@ def write_config(path: Path, corpus: Path, folder: Path, **sections: dict[str, A
     }
     settings["run"] = {"folder": str(folder), **sections.get("run", {})}
     path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def releasing(path: Path) -> Path:
+    """A DeepSpeed config with which ZeRO 3 releases parameters after use, and fetches others ahead."""
+    path.write_text(json.dumps({"zero_optimization": RELEASING | {"stage3_prefetch_bucket_size": 2000}}))
     return path
 
 

@@ -249,6 +249,7 @@ def _grown(case: Case) -> list[tuple[float, float]]:
     ("processes", "case"),
     [
         (2, Case(tensor=2, accumulation=2)),
+        (4, Case(stage=3, tensor=2, accumulation=2)),
         pytest.param(4, Case(stage=2, tensor=2, accumulation=2, offload=True), marks=pytest.mark.matrix),
     ],
 )

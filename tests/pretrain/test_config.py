@@ -170,12 +170,6 @@ def test_stage_0_in_16_bits_is_refused_and_the_rest_of_the_matrix_is_not(precisi
         assert configured(deepspeed={"stage": stage}, train={"precision": precision}).deepspeed.stage == stage
 
 
-@pytest.mark.parametrize("recompute", ["factors", "layers"])
-def test_recomputation_under_stage_3_is_refused(recompute):
-    with pytest.raises(ConfigError, match=rf"train\.recompute {recompute} does not work with deepspeed\.stage 3 yet"):
-        configured(deepspeed={"stage": 3}, train={"recompute": recompute})
-
-
 def test_offload_without_zero_is_refused():
     with pytest.raises(
         ConfigError, match=r"offload_optimizer is true, and without ZeRO .* set deepspeed\.stage to 1, 2"

@@ -11,12 +11,10 @@ from pretrain.communication_plan import Links, plan_communication
 from pretrain.layout import Layout
 from pretrain.memory_plan import Setup, ZeroBuffers, plan_memory
 from tests.distributed import run
-from tests.parallel_engine import Case, SmallRun, uniform_ranks
+from tests.parallel_engine import Case, SmallRun, deepspeed_settings, uniform_ranks
 from tests.parallel_model import positions_of, small_config, some_tokens
 
 RANKS = (8, 16)
-BUCKET = 10_000_000
-"""As `tests/parallel_engine.py` sets it."""
 LINKS = Links(1e9, 1e9, 1e9, 0.0, 0.0)
 """Any: the tests are about bytes."""
 
@@ -27,9 +25,8 @@ def _config(family: str, parametrization: str = "factored") -> ModelConfig:
 
 def _setup(case: Case, processes: int) -> Setup:
     layout = Layout(case.tensor, processes // case.tensor, case.accumulation)
-    return Setup(
-        layout, case.micro_batch, case.precision, case.stage, case.offload, zero=ZeroBuffers(reduce_bucket_size=BUCKET)
-    )
+    zero = ZeroBuffers.of(deepspeed_settings(case)["zero_optimization"])
+    return Setup(layout, case.micro_batch, case.precision, case.stage, case.offload, zero=zero)
 
 
 def _bytes(tensors: list[Tensor], apart_from: frozenset[int] = frozenset()) -> int:
@@ -126,7 +123,11 @@ def _sent(config: ModelConfig, case: Case) -> dict[str, int]:
     return {group: counter.total(group=group).bytes for group in ("tensor", "data")}
 
 
-@pytest.mark.parametrize("case", [Case(2, "bf16", accumulation=2), Case(1, "bf16", tensor=2, accumulation=2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, "bf16", accumulation=2), Case(1, "bf16", tensor=2, accumulation=2), Case(3, "bf16", accumulation=2)],
+    ids=str,
+)
 def test_a_step_sends_what_is_planned(case: Case) -> None:
     _check_sent(_config("gpt2"), case, 2)
 
@@ -134,7 +135,7 @@ def test_a_step_sends_what_is_planned(case: Case) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("parametrization", ["dense", "factored", "additive"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("tensor", "processes"), [(1, 4), (2, 4)])
 def test_every_step_sends_what_is_planned(
     tensor: int, processes: int, stage: int, precision: str, parametrization: str

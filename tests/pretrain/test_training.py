@@ -20,7 +20,7 @@ from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
 from tests.distributed import run
-from tests.training_runs import curve, make_corpus, train_in_workers, write_config
+from tests.training_runs import curve, make_corpus, releasing, train_in_workers, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -35,6 +35,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(corpus: Path, folder: Path, processes: int, *overrides: str, **sections: dict[str, Any]) -> Path:
     config = write_config(folder.with_suffix(".yaml"), corpus, folder, **sections)
+    if "deepspeed.stage=3" in overrides:
+        overrides += (f"deepspeed.config={releasing(folder.with_suffix('.json'))}",)
     run(train_in_workers, processes, str(config), list(overrides))
     return folder
 
