@@ -65,17 +65,17 @@ def _precision(deepspeed_config: dict[str, Any]) -> torch.dtype:
 def tear_down(engine: DeepSpeedEngine) -> None:
     """Destroys the engine and all it hung on the module, and gives every trained parameter a life of its own.
 
-    DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, which keep the engine and its optimizer
-    state alive, and leaves parameters as views of its flat buffers with attributes of its own: the hooks are removed by
-    hand, and parameters are made anew. It never touched the frozen ones. Under ZeRO 3 all parameters stay partitioned:
-    the whole model may not fit.
+    DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, and parameters as views of its flat buffers
+    with attributes of its own: the hooks are removed by hand, and parameters are made anew. It never touched the frozen
+    ones. Under ZeRO 3 all parameters stay partitioned: the whole model may not fit. The engine is emptied, for whoever
+    called still holds it, and it the optimizer under four names.
     """
     module, stage = engine.module, engine.zero_optimization_stage()
     engine.destroy()
     for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
         hook.remove()
-    engine.module = None
-    engine.optimizer = engine.basic_optimizer = None
+    vars(engine).clear()
+    engine.module = None  # says that it is gone
     if stage == 3:
         forget_engine(module)
         gc.collect()

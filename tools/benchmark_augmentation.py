@@ -34,7 +34,7 @@ from tools.augmentation_events import RUN_STEPS, events
 from tools.augmentation_memory import memory
 from tools.augmentation_spectra import spectra
 from tools.race_results import hardware
-from tools.resident_bytes import return_freed_memory_at_once
+from tools.resident_bytes import freed_memory_returned
 
 SECTIONS = ("spectra", "events", "memory")
 
@@ -43,8 +43,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     arguments = parse_arguments()
-    return_freed_memory_at_once()
-    with joined_processes():
+    with joined_processes(), freed_memory_returned():
         measure(arguments)
 
 

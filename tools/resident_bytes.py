@@ -15,7 +15,8 @@ import ctypes
 import gc
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -139,11 +140,15 @@ class PeakBytes:
             self._sampler.join()
 
 
-def return_freed_memory_at_once() -> None:
-    """Has glibc give every freed tensor back to the system, so that what the system counts is what is in use.
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside it glibc gives every freed tensor back to the system, so that what the system counts is what is in use.
 
     By itself glibc keeps blocks of up to 32 MB for later, the more of them the larger those it has seen.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, 2**16)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # glibc alone has it
+    set_option(_M_MMAP_THRESHOLD, 2**16)
+    try:
+        yield
+    finally:
+        set_option(_M_MMAP_THRESHOLD, 2**25)
