@@ -125,6 +125,11 @@ class TensorTraffic:
         if projection.additive and rank is not None:
             whole = projection.in_features if projection.normed else projection.out_features
             sent.backward.append(self._message("all_reduce", rank * whole))
+        if projection.kind == "qkv" and self.config.groups < self.processes:
+            # megatron-core 0.16.1 puts the groups together, and every process takes its heads.
+            sent.forward.append(self._message("all_gather", outputs))
+            if input_gradient or projection.factored:
+                sent.backward.append(self._message("reduce_scatter", outputs))
         return sent
 
     @property
@@ -148,7 +153,7 @@ class TensorTraffic:
         return StepCollectives([message], [message])
 
     def _bottleneck(self, projection: Projection, rank: int) -> int:
-        """Numbers in the buffer of a factored layer's forward all-reduce (`model/collectives.py`)."""
+        """Numbers in the buffer of a factored layer's forward all-reduce (`model/bottleneck.py`)."""
         if not projection.normed:
             return self.tokens * rank
         columns = self._statistics * (1 if self.element_bytes == FP32_BYTES else 2)

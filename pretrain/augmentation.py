@@ -178,10 +178,10 @@ def _change_factors(layer: LayerWithFactors, change: "_Growth | _Truncation") ->
 
 
 class _Growth:
-    """Appends rows to A and zero columns to B."""
+    """Appends rows to A, which wait in host memory, and zero columns to B."""
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
+        self._rows = rows.cpu()
 
     def of_A(self, tensor: Tensor, key: str) -> Tensor:
         """`tensor (rank, in/tp)`: A itself or its state `key`."""

@@ -126,8 +126,11 @@ def _tensor_messages(model: ModelConfig, ranks: Mapping[str, int], setup: Setup)
             "output layer": [backward[-1]],
         }
     named["loss"] = forward[-3:]
-    if setup.recompute == "layers":
-        named["recomputation"] = layers.forward
+    if setup.recompute != "none":
+        # `factors` keeps what the bottlenecks' sums brought.
+        kinds = {"all_gather"} if setup.recompute == "factors" else {message.kind for message in layers.forward}
+        again = [message for message in layers.forward if message.kind in kinds]
+        named |= {"recomputation": again} if again else {}
     return {what: messages * setup.layout.accumulation for what, messages in named.items()}
 
 

@@ -34,9 +34,10 @@ class Candidate:
 def fitting_setup(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> Setup:
     """The config's own setup; ConfigError with the numbers, and with the nearest one that fits, if it does not."""
     try:
-        setup = setup_of(config, machine.processes)
+        config.layout(machine.processes)
     except ConfigError as error:
         raise ConfigError(f"{error}; {_proposal(config, moment, machine, assumed)}") from error
+    setup = setup_of(config, machine.processes)
     memory = plan_memory(moment.model, moment.ranks, setup)
     if not fits(memory, machine, assumed):
         raise ConfigError(
@@ -46,15 +47,16 @@ def fitting_setup(config: RunConfig, moment: Moment, machine: Machine, assumed: 
 
 
 def fits(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> bool:
-    on_host = memory.host * machine.devices_per_node
+    on_host = max(memory.host, memory.aside) * machine.devices_per_node
     return memory.total <= assumed.usable * machine.memory_bytes and on_host <= machine.host_memory_bytes
 
 
 def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
     usable = assumed.usable * machine.memory_bytes
     if memory.total <= usable:
-        needed, there = memory.host * machine.devices_per_node / 1e9, machine.host_memory_bytes / 1e9
-        return f"offloaded optimizers need {needed:,.1f} GB of a node's memory, {there:,.1f} GB,"
+        what = "offloaded optimizers need" if memory.host >= memory.aside else "models being built and grown need"
+        needed = max(memory.host, memory.aside) * machine.devices_per_node / 1e9
+        return f"{what} {needed:,.1f} GB of a node's memory, {machine.host_memory_bytes / 1e9:,.1f} GB,"
     parts = ", ".join(
         f"{name} {size / 1e9:,.1f}"
         for name, size in (
@@ -108,6 +110,8 @@ def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator
     for tensor in _divisors(machine.devices_per_node) | {config.parallel.tensor}:
         for micro_batch in sorted({train.micro_batch} | {2**power for power in range(train.micro_batch.bit_length())}):
             quantum = micro_batch * machine.processes // tensor
+            if quantum == 0:  # a tensor-parallel group of more processes than there are
+                continue
             below = train.global_batch // quantum * quantum
             for global_batch in sorted({train.global_batch, below, below + quantum} - {0}):
                 try:
@@ -124,17 +128,21 @@ def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator
 
 
 def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[tuple[Setup, float]]:
-    """The same layout with every ZeRO stage, recomputation and place of the optimizer."""
+    """The same layout with every ZeRO stage, recomputation and place of the optimizer, but for what the run's DeepSpeed
+    file has settled."""
     zero = zero_buffers(config)
     in_bottlenecks = model.parametrization == "factored" and model.factored_layers == "all"
     modes = [mode for mode in get_args(Recompute) if mode != "factors" or in_bottlenecks]
     recompute = config.train.recompute
     offloaded = config.deepspeed.offload_optimizer
-    for stage in (0, 1, 2, 3):
+    stages, places = (0, 1, 2, 3), (False, True)
+    if config.deepspeed.config is not None:
+        stages, places = (config.deepspeed.stage,), (offloaded,)
+    for stage in stages:
         if stage == 0 and plain.precision != "fp32":
             continue
         for mode in modes:
-            for offload in (False, True) if stage else (False,):
+            for offload in places if stage else (False,):
                 away = float(abs(stage - config.deepspeed.stage))
                 away += 0.0 if mode == recompute else 1.0 + 0.5 * modes.index(mode)
                 away += 0.0 if offload == offloaded else _FAR

@@ -83,6 +83,8 @@ class MemoryPlan:
     """What reducing and stepping need when the activations are gone, the gradients included."""
     host: int
     """In host memory, with the optimizer offloaded."""
+    aside: int
+    """In host memory for a while: the model when it is built, in fp32, and masters and moments during an event."""
 
     @property
     def total(self) -> int:
@@ -112,7 +114,8 @@ def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> M
     ).peak
     passing = _passing_bytes(model, ranks, setup)
     state = _partitioned(shards, setup) if setup.stage == 3 else _flat(shards, setup)
-    return MemoryPlan(**{**state, "activations": activations, "buffers": state["buffers"] + passing})
+    aside = max(FP32_BYTES * total_numbers(shards), state["optimizer"])
+    return MemoryPlan(**{**state, "activations": activations, "buffers": state["buffers"] + passing, "aside": aside})
 
 
 def _passing_bytes(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> int:

@@ -23,6 +23,8 @@ from pretrain.rank_outlook import Moment
 
 MOST_PROCESSES = 8192
 """Where a scaling table ends."""
+_ADAM_BYTES = 28
+"""A number's way through memory in a step: gradient, master and moments read, the last three written, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Assumptions:
     overlap: float
     """Share of the data-parallel messages that hides behind the backward pass."""
     links: Links
+    host_memory_bytes_per_second: float
+    """Of one node, which all its processes share."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class StepPlan:
     data_seconds: float
     """That is not hidden."""
     host_seconds: float
-    """Gradients to the host and weights back, with the optimizer offloaded."""
+    """Gradients to the host, its Adam step and weights back, with the optimizer offloaded."""
 
     @property
     def communication_seconds(self) -> float:
@@ -134,15 +138,22 @@ def recomputed_flops_per_token(model: ModelConfig, ranks: Mapping[str, int], rec
 
 
 def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptions) -> StepPlan:
-    """One step at `moment`; whether it fits is for `pretrain/fitting.py` to say."""
+    """One step at `moment`; whether it fits is for `pretrain/fitting.py` to say. A dense model has no factors to keep,
+    and keeps everything where the run recomputes from factors."""
     model, ranks, layout = moment.model, moment.ranks, setup.layout
+    if setup.recompute == "factors" and not ranks:
+        setup = replace(setup, recompute="none")
     per_token = training_flops_per_token(model, ranks)
     executed = per_token + recomputed_flops_per_token(model, ranks, setup.recompute)
     tokens = setup.micro_batch * layout.data * layout.accumulation * model.sequence_length
     flops = float(executed) * tokens
     messages = plan_communication(model, ranks, setup, assumed.links, machine.devices_per_node)
     trained = trained_parameters(model, ranks)
-    passed = 2 * setup.element_bytes * trained / (layout.tensor * layout.data) if setup.offload else 0.0
+    stepped = trained / (layout.tensor * layout.data)
+    host_seconds = 0.0
+    if setup.offload:
+        host_seconds = 2 * setup.element_bytes * stepped / assumed.links.host_bytes_per_second
+        host_seconds += _ADAM_BYTES * stepped * machine.devices_per_node / assumed.host_memory_bytes_per_second
     return StepPlan(
         total_parameters(model, ranks),
         trained,
@@ -153,7 +164,7 @@ def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptio
         compute_seconds=flops / (layout.tensor * layout.data) / (assumed.peak_flops * assumed.efficiency),
         tensor_seconds=messages.seconds("tensor"),
         data_seconds=messages.seconds("data") * (1.0 - assumed.overlap),
-        host_seconds=passed / assumed.links.host_bytes_per_second,
+        host_seconds=host_seconds,
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 
 from pretrain.errors import ConfigError
 
@@ -13,7 +14,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size < 1:
-        raise ConfigError(f"{text!r} is not a size: give --max-shard-size as 4GB, 500MB or 2GiB")
+        raise ConfigError(f"{text!r} is not a size: write 4GB, 500MB or 2GiB")
     return size
 
 
@@ -23,3 +24,19 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
     return number
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not number > 0.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def output_file(text: str) -> Path:
+    """A file to write at the end of long work, in a folder that is there from the beginning."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}: make it, or name another file")
+    return path

@@ -19,7 +19,6 @@ memory   weights, gradients, masters and moments just before and just after ever
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from model.process_groups import initialize_process_groups
 from pretrain.errors import ConfigError, run_command
 from pretrain.processes import is_first_process, joined_processes
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
-from tools.arguments import positive
+from tools.arguments import output_file, positive
 from tools.augmentation_events import RUN_STEPS, events
 from tools.augmentation_memory import memory
 from tools.augmentation_spectra import spectra
@@ -88,7 +87,7 @@ def _machine_line(facts: Mapping[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description="Measure what growing ranks costs.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the rows there")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which tables (all)")
     parser.add_argument("--blocks", type=positive, default=1, help="layers whose spectra are timed, of 24 (1)")
     parser.add_argument("--hidden", type=positive, default=1024, help="hidden size for spectra (1024)")

@@ -27,7 +27,7 @@ from pretrain.errors import run_command
 from pretrain.processes import joined_processes
 from pretrain.run_folder import json_text, replace_text
 from pretrain.tokenizer import Tokenizer
-from tools.arguments import positive
+from tools.arguments import output_file, positive
 from tools.documents import find_files, read_documents
 from tools.preprocess_corpus import preprocess
 from tools.step_contestants import FACTORED, build_contestant, contestant_config
@@ -58,9 +58,9 @@ def main() -> None:
         **machine(),
         "rows": rows,
     }
+    print("\n".join([*table(rows), "", *verdicts(rows), "", *machine_lines(facts)]))
     if arguments.json is not None:
         replace_text(arguments.json, json_text(facts | {"settings": _plain(facts["settings"])}, indent=2) + "\n")
-    print("\n".join([*table(rows), "", *verdicts(rows), "", *machine_lines(facts)]))
 
 
 def tokenization_rows(files: Sequence[Path], tokenizer: Tokenizer, work: Path, repeats: int) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=positive, default=4, help="samples of a batch (4)")
     parser.add_argument("--repeats", type=positive, default=5, help="timed repeats of everything (5)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the training step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ from model.process_groups import initialize_process_groups
 from pretrain.errors import ConfigError, run_command
 from pretrain.processes import check_precision, joined_processes
 from pretrain.run_folder import json_text, replace_text
-from tools.arguments import positive
+from tools.arguments import output_file, positive
 from tools.step_contestants import DENSE, FACTORED, NAMES, Contestant, build_contestant, contestant_config
 from tools.step_gemms import rank_rows, time_gemms
 from tools.step_largest import DoesNotFitError, largest_models, largest_table
@@ -63,9 +63,9 @@ def main() -> None:
                 lines = list(rank_table(facts["rows"]))
             else:
                 lines = _benchmark_steps(arguments, facts)
+    print("\n".join([*lines, "", *machine_lines(facts)]))
     if arguments.json is not None:
         replace_text(arguments.json, json_text(facts, indent=2) + "\n")
-    print("\n".join([*lines, "", *machine_lines(facts)]))
 
 
 def _benchmark_steps(arguments: argparse.Namespace, facts: dict[str, Any]) -> list[str]:
@@ -73,7 +73,10 @@ def _benchmark_steps(arguments: argparse.Namespace, facts: dict[str, Any]) -> li
     try:
         contestants, peaks = _build(arguments)
         rows = _time_steps(arguments, contestants)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # cuBLAS has an error of its own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
         raise DoesNotFitError(
             f"{arguments.layers} layers do not fit the device: lower --layers, --micro-batch or --contestants"
         ) from error
@@ -200,7 +203,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=positive, default=2, help="steps of each before the timed ones (2)")
     parser.add_argument("--repeats", type=positive, default=7, help="timed steps of each (7)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of this process")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write tables and a picture of where time goes")
     parser.add_argument("--ranks", type=positive, nargs="+", help="only time the factor pairs of one layer at these")
     parser.add_argument("--largest", action="store_true", help="only look for the largest models that fit a GPU")

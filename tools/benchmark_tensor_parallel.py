@@ -13,10 +13,10 @@ other, so that whatever else the machine does meets them alike, and ratios are o
     vanilla_shared  the same with our shared A: the very function of ours, with its parameters and FLOPs
     factored        ours
 
-Without a launcher it starts its own gloo processes; --namespaces puts two of them behind a link of a given rate (root).
-A pass counts its collectives (`model/collective_counter.py`), and the table has them beside the formula. FLOPs are 6 a
-matrix entry and token, and 12·sequence·width a token for attention, of what one process computes, repeated work
-included. Times are those of the slowest process.
+Without a launcher it starts its own processes (a GPU for each, or gloo where there is none); --namespaces puts two of
+them behind a link of a given rate (root). A pass counts its collectives (`model/collective_counter.py`), and the table
+has them beside the formula. FLOPs are 6 a matrix entry and token, and 12·sequence·width a token for attention, of what
+one process computes, repeated work included. Times are those of the slowest process.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from model.communication import Collective, StepCollectives, total
 from model.process_groups import device, initialize_process_groups, tensor_size
 from pretrain.errors import ConfigError, run_command
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
-from tools.arguments import positive
+from tools.arguments import output_file, positive
 from tools.network_namespaces import transmitted_bytes
 from tools.race_results import hardware
 from tools.tensor_parallel_contestants import DTYPES, Contestant, build_contestants
@@ -70,7 +70,13 @@ def main() -> None:
 def _one_tensor_parallel_group() -> Iterator[None]:
     """Joins the launcher's processes; without DeepSpeed, which has no part in the layers and compiles at its start."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= devices:
+            raise ConfigError(
+                f"this machine has {devices} GPU{'s' if devices != 1 else ''} for more processes: start fewer of them, "
+                "or hide the GPUs with CUDA_VISIBLE_DEVICES= to compare on the CPU"
+            )
+        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         initialize_process_groups(dist.get_world_size())
@@ -276,7 +282,7 @@ def _arguments() -> argparse.Namespace:
     add("--repetitions", type=positive, default=7, help="of all contestants, after one that warms up (7)")
     add("--namespaces", action="store_true", help="two processes in network namespaces of their own (root)")
     add("--rate", action="append", metavar="RATE", help="of the link between them, again for more (10gbit 1gbit)")
-    add("--json", type=Path, metavar="FILE", help="write all rows as JSON")
+    add("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
     add("--profile", type=Path, metavar="DIR", help="write a profile of one pass of each contestant")
     add("--network", default="local", help=argparse.SUPPRESS)  # how a started process's rows are named
     arguments = parser.parse_args()

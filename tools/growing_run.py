@@ -2,7 +2,8 @@
 
 The phases are those of `pretrain/augmentation.py`, told apart where its functions begin and end:
 
-    measure → decide → verify (logits before) → stash → tear down → new factors → rebuild → restore → verify → release
+    measure → decide → verify (logits before) → new factors (rows) → stash → tear down → new factors → rebuild →
+    restore → verify → release
 """
 
 import argparse

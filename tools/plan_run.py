@@ -16,21 +16,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pretrain.checkpoint_format import replace_file
 from pretrain.communication_plan import Links
 from pretrain.config import RunConfig, load_config
 from pretrain.devices import DEVICES
 from pretrain.errors import ConfigError, run_command
-from pretrain.fitting import fitting_setup
+from pretrain.fitting import fits, fitting_setup
 from pretrain.memory_plan import Setup
 from pretrain.plan import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
 from pretrain.rank_outlook import Moment, moments
+from pretrain.run_folder import replace_text
 from pretrain.tokenizer import Tokenizer
-from tools.arguments import parse_bytes, positive
+from tools.arguments import above_zero, output_file, parse_bytes, positive
 
 EFFICIENCY, USABLE, OVERLAP = 0.4, 0.92, 0.0
 NODE_LATENCY_SECONDS, NETWORK_LATENCY_SECONDS = 5e-6, 15e-6
 HOST_MEMORY_BYTES = 2**40
+HOST_MEMORY_BYTES_PER_SECOND = 200e9
 
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
@@ -61,16 +62,18 @@ def moment_row(moment: Moment, step: StepPlan) -> dict[str, Any]:
     }
 
 
-def scaling_row(row: ScalingRow, dense: ScalingRow) -> dict[str, Any]:
+def scaling_row(row: ScalingRow, dense: ScalingRow, machine: Machine, assumed: Assumptions) -> dict[str, Any]:
     """One row of the last table; `dense`: the dense model on as many processes."""
     return {
         "processes": row.processes,
         "accumulation": row.accumulation,
         "memory_bytes": row.step.memory.total,
+        "fits": fits(row.step.memory, machine, assumed),
         **_seconds(row.step),
         "communication_share": row.step.communication_seconds / row.step.seconds,
         "efficiency": row.efficiency,
         "dense_step_seconds": dense.step.seconds,
+        "dense_fits": fits(dense.step.memory, machine, assumed),
     }
 
 
@@ -154,16 +157,18 @@ def _sizes(traffic: dict[str, Any]) -> list[str]:
 
 def print_scaling(rows: Sequence[dict[str, Any]]) -> None:
     _print_table(
-        ["processes", "accumulation", "GB", "ms", "communication", "efficiency", "dense ms"],
+        ["processes", "accumulation", "GB", "fits", "ms", "communication", "efficiency", "dense ms", "fits"],
         [
             [
                 f"{row['processes']:,}",
                 f"{row['accumulation']:,}",
                 _gigabytes(row["memory_bytes"]),
+                "yes" if row["fits"] else "no",
                 f"{row['step_seconds'] * 1e3:,.1f}",
                 f"{row['communication_share']:.1%}",
                 f"{row['efficiency']:.1%}",
                 f"{row['dense_step_seconds'] * 1e3:,.1f}",
+                "yes" if row["dense_fits"] else "no",
             ]
             for row in rows
         ],
@@ -178,18 +183,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=positive, required=True)
     parser.add_argument("--gpus-per-node", type=positive, required=True, help="processes on each node")
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same rows there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the same rows there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     group = parser.add_argument_group("assumptions (without a default here: those of the device)")
     group.add_argument("--memory", metavar="SIZE", help="of one device, such as 80GiB")
     group.add_argument("--host-memory", metavar="SIZE", help="of one node; 1024GiB")
-    group.add_argument("--peak-flops", type=float, metavar="NUMBER", help="FLOP/s of a device in the run's precision")
+    group.add_argument("--peak-flops", type=above_zero, metavar="FLOP/S", help="of a device in the run's precision")
     group.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of it that a step reaches")
     group.add_argument("--usable", type=float, default=USABLE, help="share of the memory that tensors may have")
     group.add_argument("--overlap", type=float, default=OVERLAP, help="share of data-parallel messages that is hidden")
-    group.add_argument("--node-bandwidth", type=float, metavar="BYTES/S", help="of a device to others of its node")
-    group.add_argument("--network-bandwidth", type=float, metavar="BYTES/S", help="of a device to other nodes")
-    group.add_argument("--host-bandwidth", type=float, metavar="BYTES/S", help="of a device to its node's memory")
+    group.add_argument("--node-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to others of its node")
+    group.add_argument("--network-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to other nodes")
+    group.add_argument("--host-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to its node's memory")
+    group.add_argument(
+        "--host-memory-bandwidth",
+        type=above_zero,
+        default=HOST_MEMORY_BYTES_PER_SECOND,
+        metavar="BYTES/S",
+        help="of a node's memory, where offloaded optimizers step",
+    )
     group.add_argument("--node-latency", type=float, default=NODE_LATENCY_SECONDS, metavar="SECONDS")
     group.add_argument("--network-latency", type=float, default=NETWORK_LATENCY_SECONDS, metavar="SECONDS")
     return parser
@@ -215,8 +227,17 @@ def _surroundings(arguments: argparse.Namespace, precision: str) -> tuple[Machin
         share = getattr(arguments, name)
         if not lowest <= share <= 1.0:
             raise ConfigError(f"--{name} is {share:g}, and it is a share: give a number from 0 to 1")
+    for name in ("node_latency", "network_latency"):
+        if getattr(arguments, name) < 0.0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(arguments, name):g}: give seconds from 0 upwards")
     assumed = Assumptions(
-        arguments.peak_flops or peak, arguments.efficiency, arguments.usable, arguments.overlap, links
+        arguments.peak_flops or peak,
+        arguments.efficiency,
+        arguments.usable,
+        arguments.overlap,
+        links,
+        arguments.host_memory_bandwidth,
     )
     return machine, assumed
 
@@ -239,7 +260,8 @@ def main() -> None:
     print(
         f"assumed: {arguments.device}, {assumed.peak_flops:.3g} FLOP/s at {assumed.efficiency:.0%}; bytes/s "
         f"{links.node_bytes_per_second:.3g} in a node, {links.network_bytes_per_second:.3g} between nodes, "
-        f"{links.host_bytes_per_second:.3g} to the host; latencies {links.node_latency_seconds:g} and "
+        f"{links.host_bytes_per_second:.3g} to the host, "
+        f"{assumed.host_memory_bytes_per_second:.3g} in its memory; latencies {links.node_latency_seconds:g} and "
         f"{links.network_latency_seconds:g} s; {assumed.overlap:.0%} of data-parallel messages hidden; "
         f"{assumed.usable:.0%} of {_gigabytes(machine.memory_bytes)} GB usable\n"
     )
@@ -252,7 +274,7 @@ def main() -> None:
     print_moments(rows, machine, assumed)
 
     ours, dense = (scaling(config, moment, setup, machine, assumed) for moment in (largest, found[-1]))
-    scaled = [scaling_row(*pair) for pair in zip(ours, dense, strict=True)]
+    scaled = [scaling_row(*pair, machine, assumed) for pair in zip(ours, dense, strict=True)]
     print(f"\nthe same global batch on more processes, ranks as in {largest.name}")
     print_scaling(scaled)
     stops = stopping_points(config, setup, scaled)
@@ -266,10 +288,7 @@ def main() -> None:
             "scaling": scaled,
             "stops": stops,
         }
-        try:
-            replace_file(arguments.json, (json.dumps(content, indent=2) + "\n").encode())
-        except OSError as error:
-            raise ConfigError(f"{arguments.json} cannot be written ({error.strerror}): give another --json") from error
+        replace_text(arguments.json, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 FLOP ratio   F_dense / F        of whole steps: linear layers, attention and output layer (`model/arithmetic.py`)
 time ratio   t_dense / t        of medians
 share        time ratio / FLOP ratio: 100 % would be as fast as the arithmetic allows
-MFU          F · tokens / (t · the device's peak), 16 bit on a known device only
+MFU          executed FLOPs / (t · the device's peak), 16 bit on a known device only; causal kernels execute half of
+             attention's squares, and F counts them whole
 """
 
 import statistics
@@ -44,7 +45,8 @@ def rates(row: Mapping[str, Any], precision: str) -> dict[str, float | None]:
     """FLOP/s of a row, and its MFU where the device's peak is known."""
     flops_per_second = row["flops"] / row["median_seconds"]
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() and precision != "fp32" else None
-    return {"tflops": flops_per_second / 1e12, "mfu": None if peak is None else flops_per_second / peak}
+    executed = row.get("flops_causal", row["flops"]) / row["median_seconds"]
+    return {"tflops": flops_per_second / 1e12, "mfu": None if peak is None else executed / peak}
 
 
 def machine() -> dict[str, Any]:

@@ -66,6 +66,11 @@ def test_sixteen_bits_send_statistics_as_two_parts(family: str) -> None:
     _check(_config(family, "factored mlp"), torch.bfloat16, 2, 2)
 
 
+@pytest.mark.parametrize("form", ["factored", "factored mlp", "additive mlp"])
+def test_fewer_query_groups_than_processes_cost_a_gather(form: str) -> None:
+    _check(_config("llama", form, query_groups=1), torch.float32, 2, 2)
+
+
 def test_frozen_layers_below_the_first_factor_send_no_gradient() -> None:
     _check(_config("llama", "additive mlp", trained="factors"), torch.float32, 2, 2)
 

@@ -85,5 +85,5 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "4XB", "4GB4", "1e9"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(ConfigError, match="give --max-shard-size as"):
+    with pytest.raises(ConfigError, match="is not a size: write"):
         parse_bytes(text)

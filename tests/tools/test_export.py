@@ -23,30 +23,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize(
-    ("family", "parametrization", "factored_layers"),
-    [
-        ("llama", "factored", "all"),
-        ("gpt2", "factored", "all"),
-        ("gpt2", "factored", "mlp"),
-        ("llama", "additive", "all"),
-        pytest.param("gpt2", "additive", "all", marks=pytest.mark.matrix),
-        pytest.param("gpt2", "additive", "mlp", marks=pytest.mark.matrix),
-    ],
-)
+VARIANTS = [("llama", "factored", "all"), ("gpt2", "factored", "all"), ("gpt2", "factored", "mlp")]
+VARIANTS += [("llama", "additive", "all"), ("gpt2", "additive", "all"), ("gpt2", "additive", "mlp")]
+LAYOUTS = [(1, 1, False), (2, 2, False), (1, 3, True), (2, 3, False), (2, 1, True)]
+"""Tensor-parallel size of two processes, ZeRO stage, optimizer offloaded."""
+CASES = [(variant, layout) for variant in VARIANTS[:4] for layout in LAYOUTS[:2]]
+CASES += [(VARIANTS[1], LAYOUTS[2]), (VARIANTS[3], LAYOUTS[3])]
+ALL_CASES = [
+    *CASES,
+    *(
+        pytest.param(variant, layout, marks=pytest.mark.matrix)
+        for variant in VARIANTS
+        for layout in LAYOUTS
+        if (variant, layout) not in CASES
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "layout"), ALL_CASES)
 def test_dense_export_is_the_training_model(
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    family: str,
-    parametrization: str,
-    factored_layers: str,
-    tensor: int,
+    variant: tuple[str, str, str],
+    layout: tuple[int, int, bool],
 ) -> None:
+    (family, parametrization, factored_layers), (tensor, stage, offload) = variant, layout
     sections: dict[str, dict[str, Any]] = {
         "model": {"family": family, "parametrization": parametrization, "factored_layers": factored_layers},
-        "deepspeed": {"stage": tensor},
+        "deepspeed": {"stage": stage, "offload_optimizer": offload},
     }
     config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run", **sections)
     logits, greedy = run(train_and_probe, 2, str(config), [f"parallel.tensor={tensor}"], NEW_TOKENS)[0]

@@ -120,6 +120,56 @@ def test_memory_that_does_not_suffice_is_refused_with_what_does(planner: Planner
     assert planner(*SEVEN, "--memory", "40GiB", *settings)["scaling"]
 
 
+def test_recomputation_from_factors_is_planned_beside_a_dense_model_that_has_none(planner: Planner) -> None:
+    """Fewer bytes and more arithmetic for the factored model; the dense one as without it."""
+    kept, again = planner(), planner("train.recompute=factors")
+    assert again["moments"][0]["memory_bytes"]["activations"] < kept["moments"][0]["memory_bytes"]["activations"]
+    assert again["moments"][0]["compute_seconds"] > kept["moments"][0]["compute_seconds"]
+    assert again["moments"][-1] == kept["moments"][-1]
+
+
+def test_more_tensor_parallel_processes_than_there_are_devices_are_refused(planner: Planner) -> None:
+    refusal = planner.refusal("parallel.tensor=16")
+    assert "; the nearest that fits: parallel.tensor=8" in refusal
+
+
+def test_a_proposal_leaves_alone_what_the_deepspeed_file_says(planner: Planner) -> None:
+    refusal = planner.refusal(*SEVEN, "--memory", "40GiB", "deepspeed.config=zero2", "deepspeed.stage=2")
+    assert "the nearest that fits: " in refusal or "no layout on 8 devices fits" in refusal
+    assert "deepspeed." not in refusal.split("GB are usable")[1]
+
+
+def test_host_memory_must_hold_the_model_while_it_is_built(planner: Planner) -> None:
+    refusal = planner.refusal("--host-memory", "4GB")
+    assert refusal.startswith("models being built and grown need ")
+    assert "GB of a node's memory, 4.0 GB, at step 50" in refusal
+
+
+def test_an_optimizer_on_the_host_takes_time_there(planner: Planner) -> None:
+    there = planner("deepspeed.offload_optimizer=true")["moments"][0]
+    slower = planner("deepspeed.offload_optimizer=true", "--host-memory-bandwidth", "1e11")["moments"][0]
+    assert planner()["moments"][0]["host_seconds"] == 0.0
+    assert there["host_seconds"] < slower["host_seconds"] < 2 * there["host_seconds"]
+
+
+def test_layouts_that_do_not_fit_are_marked(planner: Planner, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planner("deepspeed.stage=3", "--memory", "13GB")["scaling"]
+    assert [row["fits"] for row in rows] == sorted(row["fits"] for row in rows)
+    assert {row["fits"] for row in rows} == {False, True}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--peak-flops", "0"), ("--node-bandwidth", "-1")])
+def test_speeds_are_above_zero(planner: Planner, flag: str, value: str) -> None:
+    with pytest.raises(SystemExit):
+        planner(flag, value)
+
+
+def test_a_result_without_a_folder_is_refused_beforehand(planner: Planner, tmp_path: Path) -> None:
+    planner.json = tmp_path / "missing" / "plan.json"
+    with pytest.raises(SystemExit):
+        planner()
+
+
 def test_no_layout_at_all_says_how_much_the_smallest_needs(planner: Planner) -> None:
     refusal = planner.refusal(*SEVEN, "--memory", "1GB")
     assert "no layout on 8 devices fits, the smallest needs " in refusal
