@@ -135,14 +135,14 @@ def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[t
     modes = [mode for mode in get_args(Recompute) if mode != "factors" or in_bottlenecks]
     recompute = config.train.recompute
     offloaded = config.deepspeed.offload_optimizer
-    stages, places = (0, 1, 2, 3), (False, True)
-    if config.deepspeed.config is not None:
-        stages, places = (config.deepspeed.stage,), (offloaded,)
+    settled = config.deepspeed.config is not None
+    stages = [config.deepspeed.stage] if settled else [0, 1, 2, 3]
+    places = [offloaded] if settled else [False, True]
     for stage in stages:
         if stage == 0 and plain.precision != "fp32":
             continue
         for mode in modes:
-            for offload in places if stage else (False,):
+            for offload in places if stage else [False]:
                 away = float(abs(stage - config.deepspeed.stage))
                 away += 0.0 if mode == recompute else 1.0 + 0.5 * modes.index(mode)
                 away += 0.0 if offload == offloaded else _FAR
