@@ -3,7 +3,7 @@
 ZeRO flattens parameters into partitions when an engine is built, and no shape can change under it. So an event is:
 
     measure → decide (process 0) → agree → stash masters and moments → tear the engine down → change the factors →
-    build a new engine → put masters and moments back, one parameter at a time → verify → go on
+    build a new engine → put masters and moments back, one state at a time → verify → go on
 
 Growth preserves the function: new rows of A are orthogonal to each other, as long as the rows A has, along the measured
 gradient or random, and new columns of B are zero. Moments of new entries are zero, Adam's step count is kept.
@@ -35,6 +35,7 @@ from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
 from model.spectrum import grams, row_norm
+from pretrain.checkpoint_format import KEYS
 from pretrain.engine import evaluating, release_free_memory, tear_down
 from pretrain.errors import agreed
 from pretrain.optimizer_state import optimizer_state
@@ -153,7 +154,8 @@ def augment(
         engine = rebuild(model)
         state = optimizer_state(engine)
         for name in model.trained_parameters():
-            state.load(name, _changed_states(name, stash.take(name), changes))
+            for key in KEYS:
+                state.load(name, {key: _changed_state(name, key, stash.take(name, key), changes)})
         state.finish_loading()
         state.load_counters(stash.counters)
     if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
@@ -245,15 +247,13 @@ def _new_rows(
     return norm * torch.cat([first, rest])
 
 
-def _changed_states(
-    parameter: str, shard: dict[str, Tensor], changes: Mapping[str, _Growth | _Truncation]
-) -> dict[str, Tensor]:
-    """The states of one parameter after the event."""
+def _changed_state(parameter: str, key: str, values: Tensor, changes: Mapping[str, _Growth | _Truncation]) -> Tensor:
+    """One state of one parameter after the event."""
     name, _, side = parameter.rpartition(".")
     if name not in changes or side not in ("A", "B"):
-        return shard
+        return values
     change = changes[name]
-    return {key: change.of_A(values, key) if side == "A" else change.of_B(values, key) for key, values in shard.items()}
+    return change.of_A(values, key) if side == "A" else change.of_B(values, key)
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ class OptimizerState(Protocol):
         """The fragments this process owns, as views; over all data-parallel processes they cover each shard once."""
 
     def load(self, name: str, shard: Mapping[str, Tensor]) -> None:
-        """Takes this process's part of one parameter's states; `shard[key]` has the shape of the parameter's shard."""
+        """Takes this process's part of one parameter's states, those that are in `shard`; each has the shape of the
+        parameter's shard."""
 
     def finish_loading(self) -> None:
         """Makes the parameters that compute agree with the masters; after the last `load`, on all processes."""
@@ -111,9 +112,9 @@ class _AdamState:
     def load(self, name: str, shard: Mapping[str, Tensor]) -> None:
         for piece in self.slices:
             if piece.name == name:
-                for key in KEYS:
-                    values = shard[key].reshape(-1).narrow(0, piece.start, piece.length)
-                    piece.states[key].narrow(0, piece.offset, piece.length).copy_(values)
+                for key, values in shard.items():
+                    part = values.reshape(-1).narrow(0, piece.start, piece.length)
+                    piece.states[key].narrow(0, piece.offset, piece.length).copy_(part)
 
     def counters(self) -> dict[str, Any]:
         return {"adam_step": float(self.adam.state[self.masters[0]]["step"])}
@@ -210,13 +211,13 @@ def frozen_fragments(model: EspalierModel) -> Iterator[Fragment]:
                 yield Fragment(name, "master", start, values)
 
 
-def gather(fragments: Iterable[Fragment], shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
-    """One parameter's whole shard on every data-parallel process, per key with `shape`; a collective over them."""
+def gather(fragments: Iterable[Fragment], shape: torch.Size, device: torch.device) -> Tensor:
+    """The whole shard of one parameter and key on every data-parallel process; a collective over them."""
     if data_size() == 1:
-        return {fragment.key: fragment.values.to(device).view(shape) for fragment in fragments}
-    whole = torch.zeros(len(KEYS), shape.numel(), device=device)
+        (fragment,) = fragments
+        return fragment.values.to(device).view(shape)
+    whole = torch.zeros(shape.numel(), device=device)
     for fragment in fragments:
-        row = whole[KEYS.index(fragment.key)]
-        row.narrow(0, fragment.start, fragment.values.numel()).copy_(fragment.values)
+        whole.narrow(0, fragment.start, fragment.values.numel()).copy_(fragment.values)
     dist.all_reduce(whole, group=data_group())
-    return {key: values.view(shape) for key, values in zip(KEYS, whole, strict=True)}
+    return whole.view(shape)

@@ -2,8 +2,8 @@
 
 The old engine's flat tensors can only be freed as a whole, and the new engine allocates its own, so everything waits
 outside of both: state on a device in host memory, state in host memory (no GPU, or an offloaded optimizer) in files of
-the system's temporary folder (`TMPDIR`). At no moment does a process hold more than one parameter's whole state beside
-its own share.
+the system's temporary folder (`TMPDIR`). At no moment does a process hold more of a state beside its own share than
+one parameter's.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.checkpoint_format import KEYS, Fragment
+from pretrain.checkpoint_format import Fragment
 from pretrain.errors import EspalierError
 from pretrain.optimizer_state import OptimizerState, gather, optimizer_state
 from pretrain.partitioned import shape_of
@@ -29,7 +29,7 @@ class Stash:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="espalier_stash_", ignore_cleanup_errors=True)
-        self._kept: dict[str, list[Fragment]] = {}
+        self._kept: dict[tuple[str, str], list[Fragment]] = {}
         self._start_in_file: dict[str, int] = {}
         parameters = engine.module.trained_parameters()
         self._shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
@@ -52,7 +52,7 @@ class Stash:
                 self._write(fragment)
             else:
                 copy = Fragment(fragment.name, fragment.key, fragment.start, values.to("cpu"))
-                self._kept.setdefault(fragment.name, []).append(copy)
+                self._kept.setdefault((fragment.name, fragment.key), []).append(copy)
 
     def _file(self, name: str, key: str) -> Path:
         return Path(self._folder.name, f"{self._places[name]}_{key}.safetensors")
@@ -67,14 +67,14 @@ class Stash:
                 "set TMPDIR to a folder with room for it"
             ) from error
 
-    def take(self, name: str) -> dict[str, Tensor]:
-        """One parameter's whole shard on every data-parallel process, per key; once, and a collective over them."""
-        return gather(self._fragments(name), self._shapes[name], self._device)
+    def take(self, name: str, key: str) -> Tensor:
+        """One parameter's whole shard of one state on every data-parallel process; once, and a collective over them."""
+        return gather(self._fragments(name, key), self._shapes[name], self._device)
 
-    def _fragments(self, name: str) -> Iterator[Fragment]:
-        yield from self._kept.pop(name, [])
+    def _fragments(self, name: str, key: str) -> Iterator[Fragment]:
+        yield from self._kept.pop((name, key), [])
         if name in self._start_in_file:
-            for key in KEYS:
-                values = load_file(self._file(name, key))["values"]
-                self._file(name, key).unlink()
-                yield Fragment(name, key, self._start_in_file[name], values)
+            file = self._file(name, key)
+            values = load_file(file)["values"]
+            file.unlink()
+            yield Fragment(name, key, self._start_in_file[name], values)

@@ -97,7 +97,7 @@ class Tracker:
 
         def now_and_then(name: str) -> tuple[Tensor, Tensor]:
             parameter = parameters[name]
-            now = gather(masters.pop(name, []), shape_of(parameter), parameter.device)["master"]
+            now = gather(masters.pop(name, []), shape_of(parameter), parameter.device)
             now.tensor_model_parallel = is_sharded(parameter)  # type: ignore[attr-defined]  # `update_grams` asks
             return now, self._start.shard(name, layouts[name]).to(parameter.dtype).to(now)
 

@@ -154,7 +154,8 @@ class SmallRun:
 def whole_states(engine: DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
     """Every trained parameter's shard of masters and moments, on all data-parallel processes."""
     with Stash(engine) as stash:
-        return {name: stash.take(name) for name in engine.module.trained_parameters()}
+        names = engine.module.trained_parameters()
+        return {name: {key: stash.take(name, key) for key in KEYS} for name in names}
 
 
 def uniform_ranks(config: ModelConfig, rank: int) -> dict[str, int]:
