@@ -28,7 +28,6 @@ class Candidate:
     setup: Setup
     global_batch: int
     distance: float
-    memory: MemoryPlan
 
 
 def fitting_setup(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> Setup:
@@ -75,18 +74,19 @@ def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
 
 def _proposal(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> str:
     """The nearest layout that fits, in settings to change, or that there is none."""
-    candidates = list(_candidates(config, moment, machine))
-    fitting = [candidate for candidate in candidates if fits(candidate.memory, machine, assumed)]
-    if fitting:
-        best = min(fitting, key=lambda candidate: candidate.distance)
-        changes = _changes(config, best)
-        return f"the nearest that fits: {changes} ({best.memory.total / 1e9:,.1f} GB a process)"
-    if not candidates:
+    candidates = sorted(_candidates(config, moment, machine), key=lambda candidate: candidate.distance)
+    needs: list[tuple[int, str]] = []
+    for candidate in candidates:
+        memory, changes = plan_memory(moment.model, moment.ranks, candidate.setup), _changes(config, candidate)
+        if fits(memory, machine, assumed):
+            return f"the nearest that fits: {changes} ({memory.total / 1e9:,.1f} GB a process)"
+        needs.append((memory.total, changes))
+    if not needs:
         return f"no layout divides over {machine.processes} processes: change the number of nodes"
-    least = min(candidates, key=lambda candidate: candidate.memory.total)
+    smallest, changes = min(needs)
     return (
-        f"no layout on {machine.processes} devices fits, the smallest needs {least.memory.total / 1e9:,.1f} GB a "
-        f"process ({_changes(config, least)}): take more nodes, or a smaller model or rank"
+        f"no layout on {machine.processes} devices fits, the smallest needs {smallest / 1e9:,.1f} GB a process "
+        f"({changes}): take more nodes, or a smaller model or rank"
     )
 
 
@@ -123,8 +123,7 @@ def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator
                 moved += 0.0 if global_batch == train.global_batch else _FAR
                 plain = Setup(layout, micro_batch, train.precision, config.deepspeed.stage)
                 for setup, distance in _variants(config, model, plain):
-                    memory = plan_memory(model, moment.ranks, setup)
-                    yield Candidate(setup, global_batch, moved + distance, memory)
+                    yield Candidate(setup, global_batch, moved + distance)
 
 
 def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[tuple[Setup, float]]:
