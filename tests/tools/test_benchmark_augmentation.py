@@ -85,8 +85,9 @@ def _peaks(stage: int, precision: str) -> list[dict[str, Any]]:
     [(1, "fp32"), (3, "fp32"), *(pytest.param(stage, "fp32", marks=pytest.mark.matrix) for stage in (0, 2))],
 )
 def test_an_event_holds_one_layer_above_the_steady_state(stage: int, precision: str) -> None:
-    """The largest layer, an embedding, has masters and moments of 49 MB, which meet in one all-reduce with buffers of
-    its own; an old engine that lived on would add 100 MB and more."""
+    """The largest layer, an embedding, has masters and moments of 49 MB; an old engine that lived on would add 100 MB
+    and more. ZeRO 3 gathers whole parameters for the check of the logits."""
+    layers = 1.5 if stage == 3 else 1.0
     for peaks in run(_peaks, 2, stage, precision):
         for row in peaks:
-            assert row["peak_bytes"] <= 1.5 * row["largest_state_bytes"] + row["growth_bytes"] + 8e6, row
+            assert row["peak_bytes"] <= layers * row["largest_state_bytes"] + row["growth_bytes"] + 8e6, row
