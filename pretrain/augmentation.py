@@ -183,7 +183,7 @@ class _Growth:
     """Appends rows to A, which wait in host memory, and zero columns to B."""
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows.cpu()
+        self._rows = rows.to("cpu", copy=True)
 
     def of_A(self, tensor: Tensor, key: str) -> Tensor:
         """`tensor (rank, in/tp)`: A itself or its state `key`."""

@@ -1,8 +1,8 @@
 """Whether a run fits on a machine, and if not, the numbers and the nearest layout that does.
 
-Nearest is what changes least: one doubling of the tensor-parallel size or halving of the micro-batch, one ZeRO stage or
-one kind of recomputation each count 1, another global batch or moving the optimizer to the host 3. The optimizer's
-place and recomputation cost time, so they come after what costs none.
+Nearest is what changes least: one doubling of the tensor-parallel size, halving of the micro-batch or ZeRO stage counts
+1, recomputation from factors 1.5 and of layers 2, another global batch or moving the optimizer to the host 3. The
+optimizer's place and recomputation cost time, so they come after what costs none.
 """
 
 import math

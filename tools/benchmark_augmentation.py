@@ -58,7 +58,11 @@ def measure(arguments: argparse.Namespace) -> None:
         "processes": processes,
         "commit": git_revision(),
         "versions": installed_versions(),
-        "hardware": {**hardware(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+        "hardware": {
+            **hardware(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
     }
     _say([_machine_line(facts)])
     sections: dict[str, Callable[[argparse.Namespace], tuple[list[Row], Iterator[str]]]]
