@@ -22,14 +22,11 @@ from tests.parallel_model import small_config
 STEPS_BEFORE, STEPS_AFTER = 3, 3
 
 CASES = [
-    (1, Case(stage=0)),
     (1, Case(stage=1, precision="fp16")),
     (2, Case(stage=0, tensor=2)),
-    (2, Case(stage=1, tensor=2)),
     (2, Case(stage=1, precision="bf16")),
     (2, Case(stage=2, precision="fp16", accumulation=2)),
     (4, Case(stage=1, tensor=2, precision="bf16", accumulation=2)),
-    (4, Case(stage=2, tensor=2)),
     (2, Case(stage=3, precision="bf16", accumulation=2)),
     (4, Case(stage=3, tensor=2)),
     (2, Case(stage=2, precision="bf16", offload=True)),

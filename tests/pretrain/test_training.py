@@ -43,7 +43,7 @@ def _train(corpus: Path, folder: Path, processes: int, *overrides: str, **sectio
 
 # The same curve on every layout ---------------------------------------------------------------------------------------
 
-LAYOUTS = [(2, 2, 0, False), (2, 2, 2, True), (4, 4, 1, False), (4, 2, 2, False), (2, 1, 1, False), (4, 2, 3, False)]
+LAYOUTS = [(2, 2, 0, False), (2, 2, 2, True), (4, 4, 1, False), (2, 1, 1, False), (4, 2, 3, False)]
 """Processes, tensor-parallel size, ZeRO stage, optimizer offloaded."""
 ALL_LAYOUTS = [
     *LAYOUTS,

@@ -27,7 +27,7 @@ VARIANTS = [("llama", "factored", "all"), ("gpt2", "factored", "all"), ("gpt2", 
 VARIANTS += [("llama", "additive", "all"), ("gpt2", "additive", "all"), ("gpt2", "additive", "mlp")]
 LAYOUTS = [(1, 1, False), (2, 2, False), (1, 3, True), (2, 3, False), (2, 1, True)]
 """Tensor-parallel size of two processes, ZeRO stage, optimizer offloaded."""
-CASES = [(variant, layout) for variant in VARIANTS[:4] for layout in LAYOUTS[:2]]
+CASES = list(zip(VARIANTS, [*LAYOUTS[:2], *LAYOUTS[:2]], strict=False))
 CASES += [(VARIANTS[1], LAYOUTS[2]), (VARIANTS[3], LAYOUTS[3])]
 ALL_CASES = [
     *CASES,

@@ -102,6 +102,7 @@ def _ranks_after_training(shuffled: bool) -> float:
     return null_rank("gradient", "llama", 64, 1, text, shuffled=shuffled, trained=True).mean_rank
 
 
+@pytest.mark.slow
 def test_training_on_text_makes_ranks_grow_and_on_shuffled_labels_far_less() -> None:
     """The null is no refusal to grow: the same policy asks for rank where there is something to learn."""
     text, shuffled = run(_ranks_after_training, 1, False)[0], run(_ranks_after_training, 1, True)[0]

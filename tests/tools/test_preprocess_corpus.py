@@ -212,6 +212,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, busy_tool: subprocess.P
     assert names_in(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_tool(busy_tool: subprocess.Popen[bytes]) -> None:
     assert len(session_members(busy_tool.pid)) > 2
     busy_tool.kill()
