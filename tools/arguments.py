@@ -1,6 +1,7 @@
 """Types of arguments that several tools take."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -39,4 +40,6 @@ def output_file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}: make it, or name another file")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: name another file")
     return path

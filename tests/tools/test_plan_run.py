@@ -164,8 +164,9 @@ def test_speeds_are_above_zero(planner: Planner, flag: str, value: str) -> None:
         planner(flag, value)
 
 
-def test_a_result_without_a_folder_is_refused_beforehand(planner: Planner, tmp_path: Path) -> None:
-    planner.json = tmp_path / "missing" / "plan.json"
+@pytest.mark.parametrize("place", ["missing/plan.json", "."])
+def test_a_result_that_cannot_be_written_is_refused_beforehand(planner: Planner, tmp_path: Path, place: str) -> None:
+    planner.json = tmp_path / place
     with pytest.raises(SystemExit):
         planner()
 
