@@ -7,7 +7,7 @@ optimizer's place and recomputation cost time, so they come after what costs non
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
 from model.config import ModelConfig, Recompute
@@ -56,19 +56,12 @@ def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
         what = "offloaded optimizers need" if memory.host >= memory.aside else "models being built and grown need"
         needed = max(memory.host, memory.aside) * machine.devices_per_node / 1e9
         return f"{what} {needed:,.1f} GB of a node's memory, {machine.host_memory_bytes / 1e9:,.1f} GB,"
-    parts = ", ".join(
-        f"{name} {size / 1e9:,.1f}"
-        for name, size in (
-            ("weights", memory.weights),
-            ("gradients", memory.gradients),
-            ("optimizer", memory.optimizer),
-            ("activations", memory.activations),
-            ("buffers", memory.buffers),
-        )
-    )
+    sizes = {key: size / 1e9 for key, size in asdict(memory).items()}
     return (
-        f"a process needs {memory.total / 1e9:,.1f} GB ({parts}), and {usable / 1e9:,.1f} GB of the device's "
-        f"{machine.memory_bytes / 1e9:,.1f} GB are usable,"
+        f"a process needs {memory.total / 1e9:,.1f} GB (weights {sizes['weights']:,.1f}, optimizer "
+        f"{sizes['optimizer']:,.1f}, and at the fullest moment {sizes['fullest']:,.1f} of activations "
+        f"{sizes['activations']:,.1f}, gradients {sizes['gradients']:,.1f}, buffers {sizes['buffers']:,.1f}), and "
+        f"{usable / 1e9:,.1f} GB of the device's {machine.memory_bytes / 1e9:,.1f} GB are usable,"
     )
 
 

@@ -11,18 +11,20 @@ tensor-parallel process, e bytes each, in DeepSpeed 0.19.8:
 | 3     | e·N/d   | e·N/d                             | 4·N/d   | 8·N/d   | and gradients                            |
 
 On 1 and 2 each optimizer group is one flat tensor, padded to a multiple of 2·d; stage 2 keeps the gradients of whole
-parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut. Beside that
-there are buckets of the gradient reduction, on stage 3 gathered parameters (the small ones always; others from their
-forward to their backward pass, see `gathered_numbers`), and what a step needs when the activations are gone: the
-gradient's partition once more, in fp32.
+parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut, and some are
+gathered (the small ones always; others from their forward to their backward pass, see `gathered_numbers`).
+
+Beside weights and optimizer a step is fullest at one of these moments (`_fullest`): under the loss; in the output
+layer's backward pass; when its gradient goes into the reduction's bucket; in the last layer's backward pass; or when
+all gradients are there to be reduced and stepped. Gradients of this very step come as activations go, so with one
+micro-step the two are never there together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.activations import FP32_BYTES, activation_bytes
-from model.communication import TensorTraffic
+from model.activations import FP32_BYTES, Activations, activation_bytes
 from model.config import ModelConfig, Recompute, round_up
 from model.parameter_shards import ParameterShard, parameter_shards
 from pretrain.layout import Layout
@@ -77,10 +79,11 @@ class MemoryPlan:
     optimizer: int
     """Masters, where they are not the weights themselves, and both moments."""
     activations: int
+    """Of a micro-batch between its passes, and of the layer that is computed again."""
     buffers: int
-    """Of communication: reduction buckets, the largest message, gathered parameters; and of the logits' gradient."""
-    step: int
-    """What reducing and stepping need when the activations are gone, the gradients included."""
+    """Of the gradients' reduction, and gathered parameters."""
+    fullest: int
+    """Of gradients, activations and buffers, at the moment of a step when there is most of them."""
     host: int
     """In host memory, with the optimizer offloaded."""
     aside: int
@@ -89,7 +92,23 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """On the device at its fullest."""
-        return self.weights + self.optimizer + max(self.gradients + self.activations + self.buffers, self.step)
+        return self.weights + self.optimizer + self.fullest
+
+
+@dataclass(frozen=True)
+class _States:
+    """What does not depend on activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    bucket: int
+    """Of the reduction, from the first gradient to the last."""
+    standing: int
+    """Buffers that are always there."""
+    step: int
+    """What reducing and stepping need when the activations are gone, the gradients included."""
+    host: int = 0
 
 
 def optimizer_groups(shards: Iterable[ParameterShard]) -> list[list[ParameterShard]]:
@@ -111,31 +130,55 @@ def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> M
         sequences=setup.micro_batch,
         element_bytes=e,
         recompute=setup.recompute,
-    ).peak
-    passing = _passing_bytes(model, ranks, setup)
-    state = _partitioned(shards, setup) if setup.stage == 3 else _flat(shards, setup)
-    aside = max(FP32_BYTES * total_numbers(shards), state["optimizer"])
-    return MemoryPlan(**{**state, "activations": activations, "buffers": state["buffers"] + passing, "aside": aside})
+    )
+    states = _partitioned(shards, setup) if setup.stage == 3 else _flat(shards, setup)
+    return MemoryPlan(
+        states.weights,
+        states.gradients,
+        states.optimizer,
+        activations.peak,
+        states.bucket + states.standing,
+        _fullest(model, shards, setup, states, activations),
+        states.host,
+        max(FP32_BYTES * total_numbers(shards), states.optimizer),
+    )
 
 
-def _passing_bytes(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> int:
-    """The largest message between tensor-parallel processes, and the gradient of the logits."""
-    tokens, tensor = setup.micro_batch * model.sequence_length, setup.layout.tensor
-    step = TensorTraffic(model, tensor, tokens, setup.element_bytes).step(ranks)
-    largest = max((message.bytes for message in step.forward + step.backward), default=0)
-    return largest + tokens * model.padded_vocabulary // tensor * setup.element_bytes
+def _fullest(
+    model: ModelConfig, shards: Sequence[ParameterShard], setup: Setup, states: _States, activations: Activations
+) -> int:
+    """Bytes beside weights and optimizer. The loss turns its softmax, in fp32, into the gradient of the logits."""
+    e, tensor = setup.element_bytes, setup.layout.tensor
+    tokens = setup.micro_batch * model.sequence_length
+    logits = tokens * model.padded_vocabulary // tensor
+    output = next(s for s in reversed(shards) if s.name.startswith(("output_layer.", "embedding.word_embeddings.")))
+    output_gradient = output.numbers * e if output.trained else 0
+    in_mlp = tokens * model.ffn_width // tensor * e * (3 if model.gated else 2)
+    again = setup.layout.accumulation > 1
+    before = states.standing + activations.kept + (states.gradients if again or setup.stage == 3 else 0)
+    # Stage 1 reduces in the last micro-step, and keeps the bucket of the first until then.
+    bucket = states.bucket if again and setup.stage == 1 else 0
+    loss = before + bucket + (logits * e if e != FP32_BYTES else 0)
+    behind = before - FP32_BYTES * logits
+    in_output = tokens * model.hidden * e + output_gradient
+    output_layer = behind + bucket + logits * e + in_output
+    first_reduced = behind + states.bucket + in_output if setup.stage > 1 else 0
+    # From stage 2 on the bucket has taken the gradient of the output layer; with more micro-steps it is counted above.
+    kept_gradient = output_gradient if setup.stage < 2 and not again else 0
+    last_layer = behind + states.bucket + kept_gradient + activations.recomputed + in_mlp
+    return max(loss, output_layer, first_reduced, last_layer, states.standing + states.step)
 
 
-def _flat(shards: Sequence[ParameterShard], setup: Setup) -> dict[str, int]:
+def _flat(shards: Sequence[ParameterShard], setup: Setup) -> _States:
     """Stages 0, 1 and 2: whole weights, one flat tensor a group."""
     e, processes, zero = setup.element_bytes, setup.layout.data, setup.zero
     groups = [[shard.numbers for shard in group] for group in optimizer_groups(shards)]
     frozen = sum(shard.numbers for shard in shards if not shard.trained)
     trained = sum(sum(group) for group in groups)
     if setup.stage == 0:
-        bucket = min(trained, _STAGE_0_BUCKET) * e
         weights, gradients = (frozen + trained) * e, trained * e
-        return _sizes(weights, gradients, 2 * FP32_BYTES * trained, 0, gradients + bucket)
+        step = gradients + min(trained, _STAGE_0_BUCKET) * e
+        return _States(weights, gradients, 2 * FP32_BYTES * trained, bucket=0, standing=0, step=step)
     padded = [round_up(sum(group), _ALIGNMENT * processes) for group in groups]
     partition = sum(padded) // processes
     touched = _most_touched(groups, [size // processes for size in padded], processes)
@@ -145,31 +188,34 @@ def _flat(shards: Sequence[ParameterShard], setup: Setup) -> dict[str, int]:
     in_fp32 = max(padded) // processes * (e + (FP32_BYTES if e != FP32_BYTES else 0))
     if setup.offload:
         host = state + (FP32_BYTES + e) * partition + e * largest
-        host += e * touched if setup.layout.accumulation > 1 else 0
+        host += e * touched if setup.stage == 2 and setup.layout.accumulation > 1 else 0
         gradients = trained * e if setup.stage == 1 else 0
-        buffers = bucket + 2 * largest * e  # one of them to pass gradients on to the host
-        return _sizes(weights, gradients, 0, buffers, gradients + buffers, host)
+        # One parameter's gradient at a time passes on to the host.
+        return _States(weights, gradients, 0, bucket, largest * e, gradients + bucket, host)
     if setup.stage == 1:
         gradients = trained * e
-        return _sizes(weights, gradients, state, bucket, max(gradients + bucket, in_fp32) + touched * e)
-    copies = 2 if setup.layout.accumulation > 1 else 1
-    buffers = bucket + largest * e + (copies - 1) * touched * e
-    return _sizes(weights, touched * e, state, buffers, touched * e + in_fp32)
+        return _States(weights, gradients, state, bucket, 0, max(gradients + bucket, in_fp32) + touched * e)
+    return _States(weights, touched * e, state, bucket, 0, touched * e + max(bucket, in_fp32))
 
 
-def _partitioned(shards: Sequence[ParameterShard], setup: Setup) -> dict[str, int]:
+def _partitioned(shards: Sequence[ParameterShard], setup: Setup) -> _States:
     """Stage 3: every parameter cut into equal parts."""
     e, processes, zero = setup.element_bytes, setup.layout.data, setup.zero
     partition = sum(-(-shard.numbers // processes) for shard in shards)
     trained = sum(-(-shard.numbers // processes) for shard in shards if shard.trained)
     largest = max(shard.numbers for shard in shards)
     gathered = sum(gathered_numbers(shards, zero)) + largest + zero.stage3_prefetch_bucket_size
-    bucket = 2 * zero.reduce_bucket_size * e  # one to fill, one to scatter from
-    buffers = min(gathered, total_numbers(shards)) * e + bucket + largest * e
+    bucket = zero.reduce_bucket_size * e
+    whole = trained * processes * e
+    scattered = min(bucket, whole)  # once more while it is reduced: when it is full, or when all gradients are there
+    filled = bucket if whole > bucket else 0
+    standing = min(gathered, total_numbers(shards)) * e + bucket
     state = 3 * FP32_BYTES * trained
     if setup.offload:
-        return _sizes(partition * e, 0, 0, buffers, bucket, state + (FP32_BYTES + e) * trained)
-    return _sizes(partition * e, trained * e, state, buffers, trained * (e + FP32_BYTES) + bucket)
+        host = state + (FP32_BYTES + e) * trained
+        return _States(partition * e, 0, 0, filled, standing, scattered, host)
+    step = trained * (e + FP32_BYTES) + scattered
+    return _States(partition * e, trained * e, state, filled, standing, step)
 
 
 def gathered_numbers(shards: Iterable[ParameterShard], zero: ZeroBuffers) -> tuple[int, int]:
@@ -185,17 +231,6 @@ def gathered_numbers(shards: Iterable[ParameterShard], zero: ZeroBuffers) -> tup
 
 def total_numbers(shards: Iterable[ParameterShard]) -> int:
     return sum(shard.numbers for shard in shards)
-
-
-def _sizes(weights: int, gradients: int, optimizer: int, buffers: int, step: int, host: int = 0) -> dict[str, int]:
-    return {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "buffers": buffers,
-        "step": step,
-        "host": host,
-    }
 
 
 def _most_touched(groups: Sequence[Sequence[int]], partitions: Sequence[int], processes: int) -> int:
