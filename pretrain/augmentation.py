@@ -38,6 +38,7 @@ from model.spectrum import grams, row_norm
 from pretrain.checkpoint_format import KEYS
 from pretrain.engine import evaluating, release_free_memory, tear_down
 from pretrain.errors import agreed
+from pretrain.health import reach
 from pretrain.optimizer_state import optimizer_state
 from pretrain.partitioned import gathered, replace_factors
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
@@ -137,8 +138,8 @@ def augment(
     `directions`: orthonormal `(any, in/tp)` rows by layer that come first among the new rows of A; `consumed_samples`:
     sequences trained on so far, for the record.
 
-    Raises NumericalError when the logits are not finite before it, RuntimeError when processes disagree about the plan,
-    or when the logits are not what they were.
+    Raises NumericalError when the logits are not finite before it or processes disagree about the plan, and
+    RuntimeError when the logits are not what they were.
     """
     start = time.perf_counter()
     model: EspalierModel = engine.module
@@ -148,16 +149,20 @@ def augment(
     _refuse_non_finite(expected, plan.step)
     changes = _factor_changes(model, plan, directions or {}, seed)
     with Stash(engine) as stash:
+        reach("event.stashed", plan.step)
         tear_down(engine)
         for name, change in changes.items():
             _change_factors(model.factored_layers()[name], change)
+        reach("event.changed")
         engine = rebuild(model)
+        reach("event.rebuilt")
         state = optimizer_state(engine)
         for name in model.trained_parameters():
             for key in KEYS:
                 state.load(name, {key: _changed_state(name, key, stash.take(name, key), changes)})
         state.finish_loading()
         state.load_counters(stash.counters)
+    reach("event.restored")
     if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
         _check_logits(expected, _fixed_batch_logits(engine))
     release_free_memory()
@@ -170,7 +175,10 @@ def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest())
     if len(set(digests)) > 1:
-        raise RuntimeError(f"processes disagree about the growth at step {plan.step}: {digests}")
+        raise agreed(
+            f"processes disagree about the growth at step {plan.step}, and should decide the same: a fault of memory "
+            "or of the code; start the run again to go on from its newest checkpoint"
+        )
 
 
 def _change_factors(layer: LayerWithFactors, change: "_Growth | _Truncation") -> None:

@@ -1,15 +1,18 @@
 """Writes a checkpoint so that a kill, a full disk or a failing process never costs an earlier one.
 
-All processes of the default group call `write_checkpoint` together; without a group one process writes alone:
+All processes of the default group call `write_checkpoint` together, or the parts of `CheckpointWrite`; without a group
+one process writes alone:
 
-    process 0 clears what earlier kills left and makes the staging folder `.staging_step_...`    vote
-    every process writes its fragments and waits for the disk                                    vote
-    process 0 writes the manifest, checks that nothing is missing, renames the folder            vote
-    process 0 moves the `latest` pointer, then removes what is more than `keep`                  vote
+    begin    process 0 clears what earlier kills left and makes the staging folder `.staging_step_...`    vote
+    write    every process writes its fragments and waits for the disk
+    commit                                                                                                vote
+             process 0 writes the manifest, checks that nothing is missing, renames the folder            vote
+             process 0 moves the `latest` pointer, then removes what need not stay                        vote
+
+`write` needs nobody else and may run beside the training; what goes wrong in it is told by `commit`.
 
 A vote ends either with everybody going on or with everybody raising the same `CheckpointError`. The rename is the
-commit: before it there is no new checkpoint, after it there is one. Folders to be removed are renamed first, so that a
-kill during removal leaves none that is half there under a valid name.
+commit: before it there is no new checkpoint, after it there is one.
 """
 
 import errno
@@ -18,6 +21,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -54,10 +58,11 @@ from pretrain.checkpoint_format import (
     write_blocks,
     write_tensors,
 )
-from pretrain.checkpoint_reader import ASIDE_PATTERN, read_manifest, step_folders
+from pretrain.checkpoint_reader import read_manifest
 from pretrain.errors import CheckpointError
+from pretrain.health import reach
+from pretrain.retention import FEWEST, Retention, clear_leftovers, discard, prune
 
-LEFTOVER_PATTERN = re.compile(r"\.(staging|removed)_step_[0-9]{9,12}")
 SPACE_MARGIN_BYTES = 2**20
 """Room for headers and the manifest."""
 
@@ -79,56 +84,110 @@ def write_checkpoint(
     *,
     tensor_index: int,
     tensor_size: int,
-    keep: int,
+    retention: Retention,
     extra_files: Mapping[str, Path],
     frozen: Collection[str] = (),
 ) -> Path:
-    """Commits one checkpoint in `root` and returns its folder; called by all processes, each with its own fragments.
+    """Commits one checkpoint in `root` and returns its folder; `CheckpointWrite` from begin to end."""
+    content = Content(Path(root), step, layouts, state, tensor_index, tensor_size, extra_files, frozen)
+    write = CheckpointWrite(content, retention)
+    write.write(fragments)
+    return write.commit()
 
-    `fragments` is read once, after the staging folder is there. Of replicated parameters those of tensor index 0 count;
-    parameters named in `frozen` have a master alone.
-    `state` and `extra_files` (name in the checkpoint: source) are taken from process 0. Afterwards `root` holds the new
-    checkpoint and at most `keep` - 1 valid earlier ones; later steps, which belong to a history that the run has left,
-    are removed like surplus ones. A `CheckpointError` is the same on all processes and leaves what was there.
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds beside its fragments, and where it goes.
+
+    Parameters named in `frozen` have a master alone. `state` and `extra_files` (name in the checkpoint: source) are
+    taken from process 0.
     """
-    root = Path(root)
-    first = _process() == 0
-    staging, target = root / f".staging_{step_name(step)}", root / step_name(step)
-    outcome = f"the checkpoint of step {step} was not saved, earlier ones are as they were"
-    facts = _gather((step, tensor_size, _digest(layouts)))
-    try:
-        with _vote(outcome, root):
-            _check_arguments(step, tensor_index, tensor_size, keep)
+
+    root: Path
+    step: int
+    layouts: Mapping[str, TensorLayout]
+    state: dict[str, Any]
+    tensor_index: int
+    tensor_size: int
+    extra_files: Mapping[str, Path]
+    frozen: Collection[str] = ()
+
+    @property
+    def staging(self) -> Path:
+        return self.root / f".staging_{step_name(self.step)}"
+
+    @property
+    def target(self) -> Path:
+        return self.root / step_name(self.step)
+
+
+class CheckpointWrite:
+    """One checkpoint on its way. A `CheckpointError` is the same on all processes and leaves what was there."""
+
+    def __init__(self, content: Content, retention: Retention) -> None:
+        """Begins: all processes call it together."""
+        self.content, self.retention = content, retention
+        self._shard: ShardRecord | None = None
+        self._failure: Exception | None = None
+        self._outcome = f"the checkpoint of step {content.step} was not saved, earlier ones are as they were"
+        facts = _gather((content.step, content.tensor_size, _digest(content.layouts)))
+        with self._cleaned_up(), _vote(self._outcome, content.root):
+            _check_arguments(content, retention)
             if any(theirs != facts[0] for theirs in facts):
                 raise CheckpointError(
                     f"the processes disagree on (step, tensor-parallel size, parameters): {sorted(set(facts))}"
                 )
+            reach("save.begin", self.content.step)
+            if _process() == 0:
+                _manifest(content, [], [])
+                _prepare(content)
+                reach("save.staging", self.content.step)
+
+    def write(self, fragments: Iterable[Fragment]) -> None:
+        """Writes this process's fragments, which are read once. Of replicated parameters those of tensor index 0
+        count."""
+        try:
+            self._shard = _write_shard(self.content, fragments)
+            reach("save.written", self.content.step)
+        except Exception as error:  # told by `commit`, to everybody
+            self._failure = error
+
+    def commit(self) -> Path:
+        """All processes call it together, each after its `write`. Afterwards the folder holds the new checkpoint and
+        the earlier ones that `retention` keeps."""
+        content, first = self.content, _process() == 0
+        with self._cleaned_up():
+            with _vote(self._outcome, content.staging):
+                if self._failure is not None:
+                    raise self._failure
+            shards = _gather_to_first(self._shard)
+            with _vote(self._outcome, content.staging):
+                if first:
+                    extra = [_copy(source, content.staging / name) for name, source in content.extra_files.items()]
+                    written = [record for record in shards if record is not None]
+                    write_blocks(content.staging / MANIFEST_NAME, [_manifest(content, written, extra)])
+                    read_manifest(content.staging)  # what the reader would refuse is not committed
+                    reach("save.manifest", self.content.step)
+                    _commit(content.staging, content.target)
+        with _vote(f"the checkpoint of step {content.step} is saved, but what follows failed", content.root):
             if first:
-                _manifest(step, tensor_size, layouts, frozen, state, [], [])
-                _prepare(root, staging, layouts, frozen, extra_files)
-        with _vote(outcome, staging):
-            shard = _write_shard(staging, fragments, layouts, tensor_index)
-        shards = _gather_to_first(shard)
-        with _vote(outcome, staging):
-            if first:
-                extra = [_copy(source, staging / name) for name, source in extra_files.items()]
-                written = [record for record in shards if record is not None]
-                manifest = _manifest(step, tensor_size, layouts, frozen, state, written, extra)
-                write_blocks(staging / MANIFEST_NAME, [manifest])
-                read_manifest(staging)  # what the reader would refuse is not committed
-                _commit(staging, target)
-    except CheckpointError:
-        if first:
-            # The reason of the failure must not be lost to a second one; the next save clears what stays behind.
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    with _vote(f"the checkpoint of step {step} is saved, but what follows failed", root):
-        if first:
-            replace_file(root / LATEST_NAME, f"{target.name}\n".encode())
-            if os.path.lexists(_aside(target)):
-                _discard(_aside(target))
-            _prune(root, step, keep)
-    return target
+                reach("save.renamed", self.content.step)
+                replace_file(content.root / LATEST_NAME, f"{content.target.name}\n".encode())
+                reach("save.pointer", self.content.step)
+                if os.path.lexists(_aside(content.target)):
+                    discard(_aside(content.target))
+                prune(content.root, content.step, self.retention)
+        return content.target
+
+    @contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if _process() == 0:
+                # The reason of the failure must not be lost to a second one; the next save clears what stays behind.
+                shutil.rmtree(self.content.staging, ignore_errors=True)
+            raise
 
 
 def _process() -> int:
@@ -179,13 +238,13 @@ def _reason(error: Exception, folder: Path) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _check_arguments(step: int, tensor_index: int, tensor_size: int, keep: int) -> None:
-    if not 0 <= step <= LARGEST_STEP:
-        raise ValueError(f"step {step} is not between 0 and {LARGEST_STEP}")
-    if not 0 <= tensor_index < tensor_size:
-        raise ValueError(f"there is no tensor-parallel index {tensor_index} among {tensor_size}")
-    if keep < 1:
-        raise CheckpointError(f"{keep} checkpoints cannot be kept: set checkpoint.keep to 1 or more")
+def _check_arguments(content: Content, retention: Retention) -> None:
+    if not 0 <= content.step <= LARGEST_STEP:
+        raise ValueError(f"step {content.step} is not between 0 and {LARGEST_STEP}")
+    if not 0 <= content.tensor_index < content.tensor_size:
+        raise ValueError(f"there is no tensor-parallel index {content.tensor_index} among {content.tensor_size}")
+    if retention.keep < FEWEST:
+        raise CheckpointError(f"{retention.keep} checkpoints are too few to keep: set checkpoint.keep to {FEWEST}")
 
 
 def _digest(layouts: Mapping[str, TensorLayout]) -> str:
@@ -193,58 +252,38 @@ def _digest(layouts: Mapping[str, TensorLayout]) -> str:
     return xxhash.xxh3_64_hexdigest(repr(sorted((name, repr(layout)) for name, layout in layouts.items())).encode())
 
 
-def _manifest(
-    step: int,
-    tensor_size: int,
-    layouts: Mapping[str, TensorLayout],
-    frozen: Collection[str],
-    state: dict[str, Any],
-    shards: list[ShardRecord],
-    extra_files: list[FileRecord],
-) -> bytes:
+def _manifest(content: Content, shards: list[ShardRecord], extra_files: list[FileRecord]) -> bytes:
     """The manifest file's bytes."""
     try:
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            step=step,
-            tensor_size=tensor_size,
+            step=content.step,
+            tensor_size=content.tensor_size,
             parameters={
                 name: ParameterRecord(
-                    shape=list(layout.full_shape), dim=layout.dim, stride=layout.stride, frozen=name in frozen
+                    shape=list(layout.full_shape), dim=layout.dim, stride=layout.stride, frozen=name in content.frozen
                 )
-                for name, layout in layouts.items()
+                for name, layout in content.layouts.items()
             },
             shards=shards,
             extra_files=extra_files,
-            state=state,
+            state=content.state,
         )
     except ValidationError as error:
         raise CheckpointError(f"the manifest cannot hold {first_validation_error(error)}") from error
     return encode_manifest(manifest)
 
 
-def _prepare(
-    root: Path,
-    staging: Path,
-    layouts: Mapping[str, TensorLayout],
-    frozen: Collection[str],
-    extra_files: Mapping[str, Path],
-) -> None:
+def _prepare(content: Content) -> None:
     """Clears leftovers, looks for enough room, and makes the staging folder."""
+    root, extra_files = content.root, content.extra_files
     for name in extra_files:
         if not re.fullmatch(FILE_PATTERN, name):
             raise ValueError(f"the extra file {name!r} does not have a plain name")
     root.mkdir(parents=True, exist_ok=True)
-    for path in list(root.iterdir()):
-        if LEFTOVER_PATTERN.fullmatch(path.name):
-            _remove(path)
-        elif match := ASIDE_PATTERN.fullmatch(path.name):
-            # A kill between the two renames of `_commit` left the old one aside and no new one.
-            if (root / match[1]).exists():
-                _remove(path)
-            else:
-                os.rename(path, root / match[1])
-    numbers = sum(prod(layout.full_shape) * (1 if name in frozen else len(KEYS)) for name, layout in layouts.items())
+    clear_leftovers(root)
+    kept = {name: 1 if name in content.frozen else len(KEYS) for name in content.layouts}
+    numbers = sum(prod(layout.full_shape) * kept[name] for name, layout in content.layouts.items())
     needed_bytes = FP32_BYTES * numbers + SPACE_MARGIN_BYTES
     needed_bytes += sum(source.stat().st_size for source in extra_files.values())
     free_bytes = shutil.disk_usage(root).free
@@ -253,13 +292,12 @@ def _prepare(
             f"{root} has {free_bytes / 1e9:.3f} GB free and a checkpoint takes {needed_bytes / 1e9:.3f} GB: "
             f"{ADVICE[errno.ENOSPC]}"
         )
-    staging.mkdir()
+    content.staging.mkdir()
 
 
-def _write_shard(
-    staging: Path, fragments: Iterable[Fragment], layouts: Mapping[str, TensorLayout], tensor_index: int
-) -> ShardRecord | None:
+def _write_shard(content: Content, fragments: Iterable[Fragment]) -> ShardRecord | None:
     """Writes this process's file, unless it owns nothing."""
+    staging, layouts, tensor_index = content.staging, content.layouts, content.tensor_index
     if not staging.is_dir():
         raise CheckpointError(
             f"{staging}, made by process 0, is not there: set run.folder to a file system that all processes share"
@@ -287,9 +325,16 @@ def _write_shard(
         return None
     file = shard_name(tensor_index, _process())
     shapes = {name: tuple(values.shape) for name, values in tensors.items()}
-    # One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model.
-    size, checksum = write_tensors(staging / file, shapes, (values.float() for values in tensors.values()))
+    size, checksum = write_tensors(staging / file, shapes, _in_fp32(tensors.values(), content.step))
     return ShardRecord(file=file, bytes=size, checksum=checksum, tensor_index=tensor_index, fragments=records)
+
+
+def _in_fp32(tensors: Collection[Tensor], step: int) -> Iterator[Tensor]:
+    """One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model."""
+    for number, values in enumerate(tensors):
+        if number == len(tensors) // 2:
+            reach("save.shard", step)
+        yield values.float()
 
 
 def _copy(source: Path, target: Path) -> FileRecord:
@@ -311,6 +356,7 @@ def _commit(staging: Path, target: Path) -> None:
     replaced = os.path.lexists(target)
     if replaced:
         os.rename(target, aside)
+        reach("save.aside")
     try:
         os.rename(staging, target)
     except OSError:
@@ -318,32 +364,3 @@ def _commit(staging: Path, target: Path) -> None:
             os.rename(aside, target)
         raise
     sync_folder(target.parent)
-
-
-def _prune(root: Path, step: int, keep: int) -> None:
-    """Leaves the newest `keep` valid checkpoints up to `step`; invalid folders are neither counted nor touched."""
-    valid = []
-    for folder in step_folders(root):
-        try:
-            valid.append((read_manifest(folder).step, folder))
-        except CheckpointError:
-            continue
-    kept = [folder for number, folder in valid if number <= step][:keep]
-    for _, folder in valid:
-        if folder not in kept:
-            _discard(folder)
-
-
-def _discard(folder: Path) -> None:
-    """Takes a folder out of sight, then removes it."""
-    gone = folder.with_name(f".removed_{folder.name.removeprefix('.replaced_')}")
-    os.rename(folder, gone)
-    _remove(gone)
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder, or a link or file in its place; what a link points to stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -78,9 +78,30 @@ class CheckpointConfig(_Section):
     """When checkpoints are written, and how many stay."""
 
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="checkpoints that stay")
+    keep: int = Field(2, ge=2, description="newest checkpoints that stay; a single one could turn out damaged")
+    keep_every: int = Field(0, ge=0, description="checkpoints of steps that are multiples of it stay, too; 0: none")
+    background: bool = Field(
+        False, description="write while training goes on, from a copy of masters and moments in host memory"
+    )
+    failures: int = Field(3, ge=1, description="saves in a row that may fail before the run ends")
     start_from: str | None = Field(
         None, min_length=1, description="consolidated folder whose weights a new run starts from; none: from the seed"
+    )
+
+
+class GuardConfig(_Section):
+    """When a run turns back, gives up, or is taken for stuck."""
+
+    skips: int = Field(40, ge=1, description="steps in a row without a finite gradient, after which on_skips happens")
+    on_skips: Literal["rollback", "stop"] = Field(
+        "rollback", description="go back to the newest checkpoint and leave out the samples since, or end the run"
+    )
+    spike_window: int = Field(100, ge=0, description="losses that the next one is compared with; 0: no comparison")
+    spike_deviations: float = Field(12.0, gt=0.0, description="robust deviations above their median that are a leap")
+    on_spike: Literal["warn", "rollback", "stop"] = Field("warn", description="what happens then")
+    rollbacks: int = Field(3, ge=0, description="that one start of the run may take")
+    hang_seconds: float = Field(
+        1800.0, ge=0.0, description="without progress, after which a process ends the run and says who hangs; 0: never"
     )
 
 
@@ -122,6 +143,7 @@ class RunConfig(_Section):
     rank: RankConfig = RankConfig()
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")

@@ -41,6 +41,21 @@ class NumericalError(EspalierError):
     exit_code = 4
 
 
+class HangError(EspalierError):
+    """Processes that are lost or have stopped."""
+
+    exit_code = 5
+
+
+class StopSignal(EspalierError):
+    """The run was asked to end, and did so in order."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.agreed = True
+
+
 def agreed(message: str) -> NumericalError:
     """The error for a figure that is the same on all processes."""
     error = NumericalError(message)

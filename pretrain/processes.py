@@ -1,7 +1,9 @@
 """The distributed life of a run: joining, agreeing, leaving."""
 
+import ctypes
 import gc
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from megatron.core import parallel_state
 from pretrain.errors import ConfigError, EspalierError
 
 Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @contextmanager
@@ -44,6 +48,7 @@ def joined_processes() -> Iterator[int]:
     if sys.prefix != sys.base_prefix:
         # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+    _end_with_the_launcher()
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
@@ -59,6 +64,13 @@ def joined_processes() -> Iterator[int]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """Asks the kernel for SIGTERM when the process that started this one ends, even if by SIGKILL (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def free_port() -> int:

@@ -16,7 +16,16 @@ class TrainState:
     consumed_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
+    """`[first, end)` of the samples that were left out when the run turned back."""
     growth: list[GrowthRecord] = field(default_factory=list)
+
+    def leave_out(self, end: int) -> list[int]:
+        """Goes on with sample `end`; the samples before it that were never trained on, or trained on in vain."""
+        window = [self.consumed_samples, end]
+        self.left_out.append(window)
+        self.consumed_samples = end
+        return window
 
 
 def samples_of_the_run(config: RunConfig, step: int, consumed: int) -> int:

@@ -10,33 +10,39 @@ its newest one, by itself; a run that is complete is left as it is.
 """
 
 import argparse
-import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
-import torch.distributed as dist
-
 from model.process_groups import initialize_process_groups
-from pretrain.checkpoint_reader import CheckpointReader, step_folders
-from pretrain.config import RunConfig, check_same_architecture, load_config, print_config
-from pretrain.corpus import Corpus, open_corpus
-from pretrain.errors import CheckpointError, EspalierError, run_command
-from pretrain.initial_values import check_ranks, check_same_start, check_start
+from pretrain.config import RunConfig, load_config, print_config
+from pretrain.corpus import open_corpus
+from pretrain.engine import tear_down
+from pretrain.errors import EspalierError, StopSignal, agreed, run_command
+from pretrain.guard import Guard, RollBack, Signals
+from pretrain.health import lost_peers_told, reach, watched
+from pretrain.memory_check import check_memory
 from pretrain.monitor import Monitor
 from pretrain.objective import corpus_for, mask_token
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
 from pretrain.progress import samples_of_the_run
+from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.run_folder import refuse_foreign_folder, write_run_record
+from pretrain.run_lock import LOCK_FILE, locked
+from pretrain.saving import Saver
 from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer
 from pretrain.trainer import Trainer, validation_samples
 
 
-def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
+def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> None:
     """The loop: what happens in a step, and in which order."""
     train, checkpoint, state = run.config.train, run.config.checkpoint, run.state
-    loss, validation, saved = float("nan"), None, None
+    loss, validation = float("nan"), None
+    saver = Saver(beside=checkpoint.background, failures=checkpoint.failures, report=monitor.event)
+    save = partial(saver.save, partial(run.begin_checkpoint, checkpoints))
     while state.step < train.steps:
         decision = run.decide_if_due()
         if decision is not None:
@@ -48,7 +54,13 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
         metrics = run.train_step()
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
+        guard.judge(loss, state, monitor.event)
 
+        verdict = guard.verdict(saver.writing)
+        saver.commit_if_written(verdict.written)
+        if verdict.signal and state.step < train.steps:
+            save(state.step, final=True)
+            raise verdict.stop(state.step)
         if run.corpus.validation is not None and run.validates_after(state.step):
             validation = run.validate()
             monitor.validation(state.step, validation.lm_loss, validation.bits_per_byte, validation.accuracy)
@@ -56,8 +68,7 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
         if run.tracker is not None and run.validates_after(state.step):
             monitor.tracking(state.step, run.track(run.tracker))
         if state.step == train.steps or _due(state.step, checkpoint.every):
-            saved = run.save(checkpoints)
-            monitor.event("checkpoint", state.step, folder=str(saved))
+            save(state.step, final=state.step == train.steps)
 
     history = [asdict(record) for record in state.growth]
     monitor.summary(
@@ -71,7 +82,7 @@ def train(run: Trainer, monitor: Monitor, checkpoints: Path) -> None:
             validation_loss=None if validation is None else validation.lm_loss,
             accuracy=None if validation is None else validation.accuracy,
             skipped_steps=state.skipped_steps,
-            checkpoint=saved,
+            checkpoint=saver.newest,
         )
     )
 
@@ -83,31 +94,61 @@ def _due(step: int, interval: int) -> bool:
 def run_training(config: RunConfig, processes: int) -> Trainer | None:
     """Everything between the command line and the loop, and the loop; all processes call it. None: nothing was left to
     do."""
-    layout = config.layout(processes)
+    config.layout(processes)
     folder = Path(config.run.folder)
-    checkpoints, cache = folder / "checkpoints", Path(config.data.cache or folder / "cache")
-    together(lambda: refuse_foreign_folder(folder, (config.data.prefix, config.data.tokenizer, str(cache))))
+    own = (config.data.prefix, config.data.tokenizer, str(_cache(config)), str(folder / LOCK_FILE))
+    together(lambda: refuse_foreign_folder(folder, own))
     tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
     if config.train.objective == "mlm":
         together(lambda: mask_token(tokenizer))  # nothing is written for a run that could not begin
     config = config.with_vocabulary(tokenizer.vocabulary)
     config.layout(processes)  # once more: only now is the vocabulary known
+    together(lambda: check_memory(config, processes))
     initialize_process_groups(config.parallel.tensor)
-    reader = _open_newest(checkpoints, config)
+    signals, turned_back = Signals(), None
+    with ExitStack() as stack:
+        for context in (locked(folder), signals.caught(), watched(config.guard.hang_seconds), lost_peers_told()):
+            stack.enter_context(context)
+        for turn in count():
+            try:
+                return _run_once(config, processes, tokenizer, signals, turned_back)
+            except RollBack as again:
+                if turn >= config.guard.rollbacks:
+                    raise agreed(f"{again.reason}; guard.rollbacks, {config.guard.rollbacks}, are used up") from None
+                turned_back = again
+    raise AssertionError("the loop above ends by itself")
+
+
+def _cache(config: RunConfig) -> Path:
+    return Path(config.data.cache or Path(config.run.folder) / "cache")
+
+
+def _run_once(
+    config: RunConfig, processes: int, tokenizer: Tokenizer, signals: Signals, turned_back: RollBack | None
+) -> Trainer | None:
+    """From the newest checkpoint to the end of the run, or to where it turns back."""
+    layout, folder = config.layout(processes), Path(config.run.folder)
+    checkpoints = folder / "checkpoints"
+    reader = open_newest(checkpoints, config)
+    reach("resume.opened", 0 if reader is None else reader.step)
     if reader is not None and reader.step >= config.train.steps:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
         return None
-    together(lambda: _check_origin(reader, config, tokenizer))
+    if turned_back is not None and reader is None:
+        raise agreed(f"{turned_back.reason}; there is no checkpoint to go back to")
+    together(lambda: check_origin(reader, config, tokenizer))
+    step, consumed = progress_of(reader)
+    consumed = consumed if turned_back is None else turned_back.consumed_samples
     corpus = open_corpus(
         config.data,
         config.model,
-        training_samples=samples_of_the_run(config, *_progress(reader)),
+        training_samples=samples_of_the_run(config, step, consumed),
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
-        cache=cache,
+        cache=_cache(config),
     )
-    together(lambda: _check_same_samples(reader, config, corpus))
+    together(lambda: check_same_samples(reader, config, corpus))
     corpus = corpus_for(config.train, corpus, config.run.seed)
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
     run = Trainer(config, layout, corpus, reader)
@@ -124,80 +165,19 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
         monitor.event("resume", run.state.step, checkpoint=str(reader.folder))
     elif config.rank.policy == "explained_ratio":
         monitor.event("null", 0, mean_rank_if_never_trained=run.mean_untrained_rank())
+    if turned_back is not None:
+        monitor.event("rollback", step, reason=turned_back.reason, left_out=run.state.leave_out(consumed))
     try:
-        train(run, monitor, checkpoints)
+        train(run, monitor, Guard(config.guard, signals), checkpoints)
+    except RollBack:
+        tear_down(run.engine)
+        raise
     except EspalierError as error:
-        monitor.event("fault", run.state.step, error=str(error))
+        monitor.event("stopped" if isinstance(error, StopSignal) else "fault", run.state.step, error=str(error))
         raise
     finally:
         monitor.close()
     return run
-
-
-def _open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
-    """The newest whole checkpoint, the same on all processes, if it is of this architecture; None in a new run.
-
-    A damaged one is passed over with a warning. CheckpointError if there are checkpoints, and none is whole: a run
-    never starts over by itself.
-    """
-    folders = [step_folders(checkpoints)]
-    dist.broadcast_object_list(folders, src=0)
-    errors = []
-    for folder in folders[0]:
-        try:
-            reader = together(partial(_verified, folder))
-        except CheckpointError as error:
-            errors.append(error)
-            if is_first_process():
-                print(f"warning: {error}; trying the one before", file=sys.stderr)
-            continue
-        together(partial(check_same_architecture, reader.state["model"], config))
-        return reader
-    if errors:
-        raise errors[0]
-    return None
-
-
-def _verified(folder: Path) -> CheckpointReader:
-    """The checkpoint, with this process's share of its files read and compared with their checksums."""
-    reader = CheckpointReader(folder)
-    reader.verify(dist.get_rank(), dist.get_world_size())
-    return reader
-
-
-def _check_origin(reader: CheckpointReader | None, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """What a new run starts from, or what a continued one has come to, must suit its settings."""
-    if reader is None:
-        check_start(config, tokenizer)
-    else:
-        check_ranks(config, reader.state["ranks"], str(reader.folder))
-        check_same_start(reader.state["config"], config)
-
-
-def _progress(reader: CheckpointReader | None) -> tuple[int, int]:
-    """Steps taken and sequences consumed when the run begins."""
-    return (0, 0) if reader is None else (reader.step, int(reader.state["train"]["consumed_samples"]))
-
-
-def _check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpus: Corpus) -> None:
-    """Consumed samples mean something only in the same text, split and shuffled in the same way."""
-    if reader is None:
-        return
-    if reader.state["corpus"] != corpus.fingerprint:
-        raise CheckpointError(
-            f"{reader.folder} was trained on another corpus or tokenizer than data.prefix names now: "
-            "use that one, or another run.folder"
-        )
-    saved = reader.state["config"]
-    for name, before, now in (
-        ("run.seed", saved["run"]["seed"], config.run.seed),
-        ("data.split", saved["data"]["split"], config.data.split),
-    ):
-        if before != now:
-            raise CheckpointError(
-                f"{reader.folder} was trained with {name} {before}, and now it is {now}, which changes the order of "
-                f"the samples: set {name} back, or use another run.folder"
-            )
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -21,14 +22,15 @@ from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
 from pretrain.augmentation import GrowthRecord, augment
-from pretrain.checkpoint_format import KEYS
+from pretrain.checkpoint_format import KEYS, Fragment
 from pretrain.checkpoint_reader import CheckpointReader
-from pretrain.checkpoint_writer import write_checkpoint
+from pretrain.checkpoint_writer import CheckpointWrite, Content
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus, batch_at, micro_batch_start
 from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.engine import build_engine, evaluating, gradient_norm, set_learning_rate
 from pretrain.errors import agreed
+from pretrain.health import reach
 from pretrain.initial_values import initial_model
 from pretrain.layout import Layout
 from pretrain.monitor import StepMetrics
@@ -37,14 +39,12 @@ from pretrain.partitioned import drop_gathered, held, hold
 from pretrain.processes import together
 from pretrain.progress import TrainState
 from pretrain.rank_control import Answer, RankControl
+from pretrain.replicas import check_replicas
+from pretrain.retention import Retention
 from pretrain.schedule import global_batch_at, learning_rate
 from pretrain.spectra import measure_spectra
 from pretrain.spectrum_report import Measurement
 from pretrain.tracking import Tracker
-
-# fp16 skips a handful of steps while it looks for its loss scale; a run that skips this many in a row is not coming
-# back.
-_SKIPS_IN_A_ROW = 40
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Trainer:
         else:
             ranks, recompute = reader.state["ranks"], config.train.recompute
             self.engine = self._new_engine(build_model(config.model, ranks, seed=config.run.seed, recompute=recompute))
+            reach("resume.built", reader.step)
             self._restore(reader)
+            reach("resume.restored")
         self.rank_control = RankControl(config, self.model)
         if reader is not None:
             self.rank_control.restore(self.model, reader)
@@ -105,7 +107,7 @@ class Trainer:
         set_learning_rate(self.engine, rate)
         if self.tracker is not None and self.validates_after(state.step + 1):
             self.tracker.watch_gradients(self.engine)
-        total, norm = torch.zeros((), device=device()), math.nan
+        total, norm, applied = torch.zeros((), device=device()), 0.0, True
         self.rank_control.before_step(self.model, state.step)
         loss_scale = self._loss_scale()
         for micro_step in range(accumulation):
@@ -116,18 +118,19 @@ class Trainer:
             # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their
             # number.
             self.engine.set_gradient_accumulation_boundary(micro_step == accumulation - 1)
-            loss = self._mean_loss(batch_at(self.corpus.train, first, train.micro_batch))
+            reach("step.forward", state.step)
+            loss = _poisoned(self._mean_loss(batch_at(self.corpus.train, first, train.micro_batch)))
             self.engine.backward(loss)
-            if self.config.deepspeed.stage == 0 and micro_step == accumulation - 1:
-                norm = gradient_norm(self.engine)
-                self._refuse_non_finite(norm)
-            self.engine.step()
             total += loss.detach()
+            if micro_step == accumulation - 1:
+                reach("step.optimizer")
+                norm = gradient_norm(self.engine) if self.config.deepspeed.stage == 0 else norm
+            applied = self._optimizer_step(norm)
         dist.all_reduce(total, group=data_group())
         if self.rank_control.probes(state.step):
             self._refuse_non_finite_weights()
             self.rank_control.after_step(self.model, loss_scale or 1.0)
-        self._count(sequences)
+        self._count(sequences, applied)
         norm = norm if self.config.deepspeed.stage == 0 else gradient_norm(self.engine)
         seconds = time.perf_counter() - start
         self.rank_control.took(state.step - 1, seconds)
@@ -148,28 +151,22 @@ class Trainer:
         losses = self.engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
-    def _count(self, sequences: int) -> None:
+    def _optimizer_step(self, norm: float) -> bool:
+        """False when there was a gradient to step with, and it was not finite: nothing changes then. DeepSpeed 0.19.8
+        sees to it where ZeRO partitions the optimizer; `norm` is that of stage 0."""
+        if self.config.deepspeed.stage == 0 and not math.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)
+            return False
+        self.engine.step()
+        return bool(self.engine.was_step_applied())
+
+    def _count(self, sequences: int, applied: bool) -> None:
         state = self.state
         state.step += 1
         state.consumed_samples += sequences
         state.consumed_tokens += sequences * self.config.model.sequence_length
-        if self.engine.was_step_applied():
-            state.skipped_in_a_row = 0
-            return
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row >= _SKIPS_IN_A_ROW:
-            raise agreed(
-                f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}: "
-                "lower optimizer.learning_rate, or set train.precision to bf16 or fp32"
-            )
-
-    def _refuse_non_finite(self, norm: float) -> None:
-        if not math.isfinite(norm):
-            raise agreed(
-                f"the gradient norm of step {self.state.step} is {norm}, and deepspeed.stage 0 cannot skip a step: "
-                "lower optimizer.learning_rate, or set deepspeed.stage=1"
-            )
+        state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+        state.skipped_steps += 0 if applied else 1
 
     def _refuse_non_finite_weights(self) -> None:
         """Before anything measures or saves the weights: a spectrum of NaN is an error without a sentence."""
@@ -195,6 +192,7 @@ class Trainer:
         self._refuse_non_finite_weights()
         with evaluating(self.engine):
             for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
+                reach("validation", self.state.step)
                 batch = self._validation_batch(micro_step)
                 mask = batch["loss_mask"].double()
                 logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
@@ -237,6 +235,7 @@ class Trainer:
         answer = self.rank_control.ask(self.model, self.state)
         if answer.plan is None:
             return Decision(answer, None)
+        reach("event.begin", self.state.step)
         self.engine, record = augment(
             self.engine,
             answer.plan,
@@ -258,25 +257,26 @@ class Trainer:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def save(self, root: Path) -> Path:
-        """Writes a checkpoint of the present step below `root`; a collective over all processes."""
+    def begin_checkpoint(self, root: Path, resources: ExitStack) -> tuple[CheckpointWrite, Iterator[Fragment]]:
+        """A checkpoint of the present step below `root`, begun, and this process's fragments for it; a collective.
+        Files that it needs until it is committed are opened on `resources`."""
         self._refuse_non_finite_weights()
-        adapter = optimizer_state(self.engine)
-        with ExitStack() as stack:
-            extra_files = self.rank_control.extra_files(self.model, stack)
-            extra_files["tokenizer.model"] = Path(self.config.data.tokenizer)
-            return write_checkpoint(
-                root,
-                self.state.step,
-                chain(adapter.fragments(), frozen_fragments(self.model)),
-                tensor_layouts(self.model),
-                self._record(adapter.counters()),
-                tensor_index=tensor_index(),
-                tensor_size=tensor_size(),
-                keep=self.config.checkpoint.keep,
-                extra_files=extra_files,
-                frozen={name for name, p in self.model.named_parameters() if not p.requires_grad},
-            )
+        check_replicas(self.model)
+        adapter, checkpoint = optimizer_state(self.engine), self.config.checkpoint
+        extra_files = self.rank_control.extra_files(self.model, resources)
+        extra_files["tokenizer.model"] = Path(self.config.data.tokenizer)
+        content = Content(
+            root,
+            self.state.step,
+            tensor_layouts(self.model),
+            self._record(adapter.counters()),
+            tensor_index=tensor_index(),
+            tensor_size=tensor_size(),
+            extra_files=extra_files,
+            frozen={name for name, p in self.model.named_parameters() if not p.requires_grad},
+        )
+        write = CheckpointWrite(content, Retention(checkpoint.keep, checkpoint.keep_every))
+        return write, chain(adapter.fragments(), frozen_fragments(self.model))
 
     def _record(self, counters: dict[str, Any]) -> dict[str, Any]:
         train = asdict(self.state)
@@ -307,6 +307,13 @@ class Trainer:
         adapter.load_counters(reader.state["optimizer"])
         growth = [GrowthRecord(**record) for record in reader.state["growth"]]
         self.state = TrainState(**reader.state["train"], growth=growth)
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """A loss whose gradient is not finite where it is not itself, so that DeepSpeed, which looks at gradients, has all
+    processes skip the step. Multiplied by 1 otherwise, which changes no bit."""
+    loss = loss * reach("step.loss")
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def validation_samples(config: RunConfig, layout: Layout) -> int:

@@ -18,6 +18,7 @@ from model.config import ModelConfig, factored_projections
 from model.sharding import TensorLayout
 from pretrain.checkpoint_format import KEYS, MANIFEST_NAME, Fragment
 from pretrain.checkpoint_writer import write_checkpoint
+from pretrain.retention import Retention
 from tests.reference import frozen_names, random_tensors
 
 LAYOUTS = {
@@ -76,7 +77,7 @@ def save(root: Path, step: int, tensor_size: int = 1, /, **changes: Any) -> Path
         "state": STATE | {"step": step},
         "tensor_index": place(tensor_size)[0],
         "tensor_size": tensor_size,
-        "keep": 2,
+        "retention": Retention(2),
         "extra_files": {},
     }
     return write_checkpoint(root, step, **(arguments | changes))
@@ -123,7 +124,7 @@ def save_model(root: Path, config: ModelConfig, ranks: dict[str, int], tokenizer
         model_state(config, ranks, step),
         tensor_index=0,
         tensor_size=1,
-        keep=2,
+        retention=Retention(2),
         extra_files={"tokenizer.model": tokenizer},
         frozen=frozen,
     )

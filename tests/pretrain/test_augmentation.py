@@ -14,6 +14,7 @@ from model.gpt import tensor_layouts
 from model.process_groups import initialize_process_groups, tensor_index, tensor_size
 from model.sharding import TensorLayout
 from pretrain.augmentation import GrowthPlan, _agree_on, _check_logits
+from pretrain.errors import NumericalError
 from pretrain.optimizer_state import optimizer_state
 from tests.distributed import run
 from tests.parallel_engine import Case, SmallRun, live_engines, uniform_ranks
@@ -273,7 +274,7 @@ def _disagree() -> str:
     initialize_process_groups(1)
     try:
         _agree_on(GrowthPlan(3, {"layer": 8 + dist.get_rank()}, {"layer": 1.0}), {"layer": 4})
-    except RuntimeError as error:
+    except NumericalError as error:
         return str(error)
     return ""
 

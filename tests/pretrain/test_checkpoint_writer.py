@@ -24,6 +24,7 @@ from model.sharding import TensorLayout
 from pretrain.checkpoint_format import KEYS, MANIFEST_NAME, Fragment
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
 from pretrain.errors import CheckpointError
+from pretrain.retention import Retention
 from tests.distributed import run
 from tests.pretrain.checkpoint_cases import LAYOUTS, STATE, hidden_names, logical, own_fragments, save
 
@@ -175,7 +176,7 @@ class Without:
         ({"fragments": Doubled(6, 2)}, "the numbers from 4 to 6 are missing"),
         ({"layouts": {"w": TensorLayout((1,))}}, "disagree"),
         ({"tensor_size": 1}, "disagree"),
-        ({"keep": 0}, "set checkpoint.keep"),
+        ({"retention": Retention(1)}, "set checkpoint.keep"),
     ],
 )
 def test_a_failure_of_one_process_is_everybodys(tmp_path: Path, change: dict[str, object], words: str) -> None:
@@ -415,21 +416,27 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [2, 3])
 def test_keep(tmp_path: Path, keep: int) -> None:
     for step in (10, 20, 30, 40):
-        save(tmp_path, step, keep=keep)
+        save(tmp_path, step, retention=Retention(keep))
     assert names(tmp_path) == ["latest", *[f"step_0000000{step}" for step in (10, 20, 30, 40)][-keep:]]
+
+
+def test_multiples_of_a_step_stay(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50, 60):
+        save(tmp_path, step, retention=Retention(2, keep_every=20))
+    assert names(tmp_path) == ["latest", *[f"step_0000000{step}" for step in (20, 40, 50, 60)]]
 
 
 def test_invalid_folders_are_neither_counted_nor_touched(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        save(tmp_path, step, keep=3)
+        save(tmp_path, step, retention=Retention(3))
     (tmp_path / "step_000000030" / MANIFEST_NAME).unlink()
     (tmp_path / "step_000000035").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "step_7").mkdir()
-    save(tmp_path, 40, keep=2)
+    save(tmp_path, 40, retention=Retention(2))
     assert names(tmp_path) == [
         "latest", "notes", "step_000000020", "step_000000030", "step_000000035", "step_000000040", "step_7"
     ]  # fmt: skip
@@ -437,8 +444,8 @@ def test_invalid_folders_are_neither_counted_nor_touched(tmp_path: Path) -> None
 
 def test_later_steps_belong_to_another_history(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        save(tmp_path, step, keep=3)
-    save(tmp_path, 15, keep=3)
+        save(tmp_path, step, retention=Retention(3))
+    save(tmp_path, 15, retention=Retention(3))
     assert names(tmp_path) == ["latest", "step_000000010", "step_000000015"]
     assert find_checkpoint(tmp_path) == tmp_path / "step_000000015"
 

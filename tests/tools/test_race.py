@@ -42,7 +42,7 @@ RACE: dict[str, Any] = {
         },
         "schedule": {"warmup_steps": "25%"},
         "rank": {"quantum": 2},
-        "checkpoint": {"every": "25%", "keep": 1},
+        "checkpoint": {"every": "25%", "keep": 2},
         "deepspeed": {"stage": 0},
     },
     "speed_steps": 4,

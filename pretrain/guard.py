@@ -1,0 +1,144 @@
+"""What may end or turn back a run between two steps: signals, steps without a finite gradient, and losses that leap.
+
+A leap is a loss far above what the last ones were, in robust standard deviations:
+
+    z = (loss − median) / (1.4826 · MAD),      MAD = median |loss_i − median|
+
+Every process decides the same: after each step one small all-reduce tells all of them what any of them knows.
+"""
+
+import math
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from model.process_groups import device
+from pretrain.config import GuardConfig
+from pretrain.errors import StopSignal, agreed
+from pretrain.progress import TrainState
+
+_MAD_TO_DEVIATION = 1.4826
+"""Of normally distributed values."""
+_SMALLEST_MAD = 1e-3
+"""Relative to the median: losses that hardly move are no reason to call the next one a leap."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class RollBack(Exception):
+    """The run is to go on from its newest checkpoint, with samples after those consumed so far."""
+
+    def __init__(self, reason: str, consumed_samples: int) -> None:
+        super().__init__(reason)
+        self.reason, self.consumed_samples = reason, consumed_samples
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 as a request to save and leave; a second SIGTERM ends the process at once.
+
+    A thread is told of them through a pipe, for Python's own handlers wait until the main thread comes back from
+    whatever collective it is in.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        told, telling = socket.socketpair()
+        telling.setblocking(False)
+        before = {number: signal.signal(number, lambda _number, _frame: None) for number in _SIGNALS}
+        descriptor = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
+        listener = threading.Thread(target=self._listen, args=(told,), name="signals", daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            telling.close()
+            listener.join()
+            told.close()
+
+    def _listen(self, told: socket.socket) -> None:
+        while numbers := told.recv(1):
+            number = numbers[0]
+            if number == self.received == signal.SIGTERM:
+                os._exit(128 + number)
+            if number in _SIGNALS:  # others, such as SIGINT, keep their own handlers
+                self.received = max(self.received, number)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The same on all processes."""
+
+    signal: int
+    """0: none."""
+    written: bool
+    """Whether every process has written its part of a checkpoint that is on its way."""
+
+    def stop(self, step: int) -> StopSignal:
+        name = signal.Signals(self.signal).name
+        return StopSignal(f"{name}: saved at step {step}; start the run again to go on", 128 + self.signal)
+
+
+class Guard:
+    """Watches the steps of one run."""
+
+    def __init__(self, config: GuardConfig, signals: Signals) -> None:
+        self.config, self.signals = config, signals
+        self._losses: deque[float] = deque(maxlen=config.spike_window or None)
+
+    def verdict(self, writing: bool) -> Verdict:
+        """A collective. `writing`: whether this process still writes its part of a checkpoint."""
+        known = torch.tensor([self.signals.received, int(writing)], device=device())
+        dist.all_reduce(known, op=dist.ReduceOp.MAX)
+        received, still_writing = known.tolist()
+        return Verdict(received, not still_writing)
+
+    def judge(self, loss: float, state: TrainState, report: Callable[..., None]) -> None:
+        """Looks at the step that was just taken, of which every process knows the same. NumericalError or RollBack."""
+        config, deviations = self.config, self.deviations(loss)
+        if deviations is not None:
+            report("spike", state.step, lm_loss=loss, deviations=deviations)
+            if config.on_spike != "warn":
+                above = f"{deviations:.1f} robust deviations above the last {config.spike_window}"
+                reason = f"the loss of step {state.step}, {loss:.4g}, is {above}: lower optimizer.learning_rate"
+                self._turn(config.on_spike, reason, state)
+        if state.skipped_in_a_row:
+            report("skipped", state.step, in_a_row=state.skipped_in_a_row)
+        if state.skipped_in_a_row >= config.skips:
+            reason = f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}"
+            advice = "lower optimizer.learning_rate, or set train.precision to bf16 or fp32"
+            self._turn(config.on_skips, f"{reason}: {advice}", state)
+
+    @staticmethod
+    def _turn(action: str, reason: str, state: TrainState) -> None:
+        if action == "rollback":
+            raise RollBack(reason, state.consumed_samples)
+        raise agreed(reason)
+
+    def deviations(self, loss: float) -> float | None:
+        """How far `loss` lies above the last ones, which it joins; None where it is no leap."""
+        before, window = list(self._losses), self.config.spike_window
+        if not window or not math.isfinite(loss):
+            return None
+        found = None
+        if len(before) == window:
+            middle = median(before)
+            spread = median(abs(one - middle) for one in before)
+            found = (loss - middle) / (_MAD_TO_DEVIATION * max(spread, _SMALLEST_MAD * abs(middle)))
+        if found is not None and found > self.config.spike_deviations:
+            return found  # and does not become what the next ones are compared with
+        self._losses.append(loss)
+        return None

@@ -1,0 +1,30 @@
+"""Refuses a run whose weights, gradients and optimizer alone are more than there is, before anything is built."""
+
+import os
+
+import psutil
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.errors import ConfigError
+from pretrain.memory_plan import plan_memory
+from pretrain.plan import setup_of
+
+
+def check_memory(config: RunConfig, processes: int) -> None:
+    """ConfigError with the numbers. What is checked is certain and not all: `tools/plan_run.py` plans the rest."""
+    plan = plan_memory(config.model, config.initial_ranks(), setup_of(config, processes))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    host = psutil.virtual_memory().total / neighbours
+    states = plan.weights + plan.gradients + plan.optimizer
+    if torch.cuda.is_available():
+        places = [("of the GPU", states, torch.cuda.get_device_properties().total_memory), ("here", plan.host, host)]
+    else:
+        places = [(f"of the machine's memory, shared by {neighbours} processes,", states + plan.host, host)]
+    for place, needed, available in places:
+        if needed > available:
+            raise ConfigError(
+                f"weights, gradients and optimizer of the first step take {needed / 1e9:,.1f} GB a process, and "
+                f"{available / 1e9:,.1f} GB {place} are there: raise parallel.tensor, deepspeed.stage or the number of "
+                "processes, or lower the model's sizes (tools/plan_run.py shows what fits)"
+            )

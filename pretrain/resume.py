@@ -1,0 +1,81 @@
+"""What a run goes on from: its newest whole checkpoint, and whether that suits the present settings."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pretrain.checkpoint_reader import CheckpointReader, step_folders
+from pretrain.config import RunConfig, check_same_architecture
+from pretrain.corpus import Corpus
+from pretrain.errors import CheckpointError
+from pretrain.initial_values import check_ranks, check_same_start, check_start
+from pretrain.processes import is_first_process, together
+from pretrain.tokenizer import Tokenizer
+
+
+def open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
+    """The newest whole checkpoint, the same on all processes, if it is of this architecture; None in a new run.
+
+    A damaged one is passed over with a warning. CheckpointError if there are checkpoints, and none is whole: a run
+    never starts over by itself.
+    """
+    folders = [step_folders(checkpoints)]
+    dist.broadcast_object_list(folders, src=0)
+    errors = []
+    for folder in folders[0]:
+        try:
+            reader = together(partial(_verified, folder))
+        except CheckpointError as error:
+            errors.append(error)
+            if is_first_process():
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+            continue
+        together(partial(check_same_architecture, reader.state["model"], config))
+        return reader
+    if errors:
+        raise errors[0]
+    return None
+
+
+def _verified(folder: Path) -> CheckpointReader:
+    """The checkpoint, with this process's share of its files read and compared with their checksums."""
+    reader = CheckpointReader(folder)
+    reader.verify(dist.get_rank(), dist.get_world_size())
+    return reader
+
+
+def check_origin(reader: CheckpointReader | None, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """What a new run starts from, or what a continued one has come to, must suit its settings."""
+    if reader is None:
+        check_start(config, tokenizer)
+    else:
+        check_ranks(config, reader.state["ranks"], str(reader.folder))
+        check_same_start(reader.state["config"], config)
+
+
+def progress_of(reader: CheckpointReader | None) -> tuple[int, int]:
+    """Steps taken and sequences consumed when the run begins."""
+    return (0, 0) if reader is None else (reader.step, int(reader.state["train"]["consumed_samples"]))
+
+
+def check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpus: Corpus) -> None:
+    """Consumed samples mean something only in the same text, split and shuffled in the same way."""
+    if reader is None:
+        return
+    if reader.state["corpus"] != corpus.fingerprint:
+        raise CheckpointError(
+            f"{reader.folder} was trained on another corpus or tokenizer than data.prefix names now: "
+            "use that one, or another run.folder"
+        )
+    saved = reader.state["config"]
+    for name, before, now in (
+        ("run.seed", saved["run"]["seed"], config.run.seed),
+        ("data.split", saved["data"]["split"], config.data.split),
+    ):
+        if before != now:
+            raise CheckpointError(
+                f"{reader.folder} was trained with {name} {before}, and now it is {now}, which changes the order of "
+                f"the samples: set {name} back, or use another run.folder"
+            )

@@ -1,0 +1,123 @@
+"""Saves a run's checkpoints, in the foreground or beside the training, and says what each save cost.
+
+    foreground    begin, write, commit: training stands still until the checkpoint is there
+    beside        begin, copy this process's fragments into host memory, go on; a thread writes the copy, and when all
+                  processes have written theirs, all commit between two steps
+
+The copy takes as much host memory as the process's masters and moments. One save is on its way at a time: the next one,
+a signal and the end of the run wait for it. A save that fails is reported and training goes on, until
+`checkpoint.failures` in a row have failed.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain.checkpoint_format import Fragment
+from pretrain.checkpoint_writer import CheckpointWrite
+from pretrain.errors import CheckpointError
+
+Report = Callable[..., None]
+"""`report(kind, step, **facts)`: `Monitor.event`."""
+
+
+class _Pending:
+    """A checkpoint whose fragments a thread writes."""
+
+    def __init__(self, write: CheckpointWrite, fragments: Iterable[Fragment], resources: ExitStack) -> None:
+        self.write, self.resources = write, resources
+        copies = [replace(one, values=one.values.detach().to("cpu", copy=True)) for one in fragments]
+        self.began = time.perf_counter()
+        self.written_seconds = 0.0
+        self.thread = threading.Thread(target=self._run, args=(copies,), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self, copies: list[Fragment]) -> None:
+        self.write.write(copies)  # which keeps what goes wrong for `commit`
+        self.written_seconds = time.perf_counter() - self.began
+
+
+class Saver:
+    """All processes call its methods together."""
+
+    def __init__(self, *, beside: bool, failures: int, report: Report) -> None:
+        self.beside, self.failures, self.report = beside, failures, report
+        self.newest: Path | None = None
+        self._failed_in_a_row = 0
+        self._pending: _Pending | None = None
+        self._stall_seconds = 0.0
+
+    @property
+    def writing(self) -> bool:
+        """Whether this process still writes."""
+        return self._pending is not None and self._pending.thread.is_alive()
+
+    def save(
+        self,
+        begin: Callable[[ExitStack], tuple[CheckpointWrite, Iterable[Fragment]]],
+        step: int,
+        *,
+        final: bool = False,
+    ) -> None:
+        """Saves the present step. `begin` opens what the save needs on the stack, which is closed behind it; a `final`
+        one is there when this returns, or raises."""
+        self.finish()
+        start = time.perf_counter()
+        resources = ExitStack()
+        try:
+            write, fragments = begin(resources)
+            if self.beside and not final:
+                self._pending = _Pending(write, fragments, resources)
+                self._stall_seconds = time.perf_counter() - start
+                return
+            write.write(fragments)
+            written_seconds = time.perf_counter() - start
+            self.newest = write.commit()
+        except CheckpointError as error:
+            resources.close()
+            self._count_failure(error, step, final)
+            return
+        resources.close()
+        self._succeeded(step, time.perf_counter() - start, written_seconds)
+
+    def commit_if_written(self, written: bool) -> None:
+        """Commits what is on its way, when every process has `written` its part."""
+        if self._pending is not None and written:
+            self._commit()
+
+    def finish(self) -> None:
+        """Waits for what is on its way, and commits it."""
+        if self._pending is None:
+            return
+        start = time.perf_counter()
+        self._pending.thread.join()
+        self._stall_seconds += time.perf_counter() - start
+        self._commit()
+
+    def _commit(self) -> None:
+        pending, start = self._pending, time.perf_counter()
+        assert pending is not None
+        self._pending = None
+        step = pending.write.content.step
+        with pending.resources:
+            try:
+                self.newest = pending.write.commit()
+            except CheckpointError as error:
+                self._count_failure(error, step, final=False)
+                return
+        self._succeeded(step, self._stall_seconds + time.perf_counter() - start, pending.written_seconds)
+
+    def _succeeded(self, step: int, stall_seconds: float, write_seconds: float) -> None:
+        self._failed_in_a_row = 0
+        self.report(
+            "checkpoint", step, folder=str(self.newest), stall_seconds=stall_seconds, write_seconds=write_seconds
+        )
+
+    def _count_failure(self, error: CheckpointError, step: int, final: bool) -> None:
+        self._failed_in_a_row += 1
+        if final or self._failed_in_a_row >= self.failures:
+            raise error
+        self.report("save_failed", step, error=str(error), in_a_row=self._failed_in_a_row)
