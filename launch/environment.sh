@@ -98,8 +98,8 @@ venv_is_usable() {
     return 1
 }
 
-pip_install() {
-    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check ${ESPALIER_INDEX:+--index-url "$ESPALIER_INDEX"} "$@"
+pip_install() { # an index may hold a password, which others see in a command line
+    ${ESPALIER_INDEX:+env "PIP_INDEX_URL=$ESPALIER_INDEX"} "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "$@"
 }
 
 # The pinned torch first: as a mere dependency of others it would bring several GB of CUDA packages to every machine.

@@ -47,7 +47,8 @@ done
 case "$version" in "" | 3.[0-9]*) ;; *) refuse "--python is $version: give a version such as 3.12" ;; esac
 
 python="${ESPALIER_PYTHON:-python3}"
-common=(--quiet --disable-pip-version-check --no-deps --constraint "$root/constraints.txt" ${ESPALIER_INDEX:+--index-url "$ESPALIER_INDEX"})
+common=(--quiet --disable-pip-version-check --no-deps --constraint "$root/constraints.txt")
+[ -z "${ESPALIER_INDEX:-}" ] || export PIP_INDEX_URL="$ESPALIER_INDEX" # it may hold a password, which others see in a command line
 "$python" -m pip download "${common[@]}" --dest "$out" --only-binary :all: ${version:+--python-version "$version"} "${packages[@]}"
 DS_BUILD_OPS=0 "$python" -m pip wheel "${common[@]}" --wheel-dir "$out" deepspeed
 du -ch "$out"/*.whl

@@ -175,6 +175,7 @@ reached=0
 for checkpoint in "$out"/checkpoints/step_*; do
     [ -f "$checkpoint/manifest.json" ] || continue
     step="${checkpoint##*/step_}"
+    case "$step" in "" | *[!0-9]*) continue ;; esac # bash evaluates whatever else a name may hold
     step=$((10#$step))
     [ "$step" -le "$reached" ] || reached=$step
 done

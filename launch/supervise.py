@@ -142,7 +142,7 @@ def with_hosts_that_answer(command: Sequence[str], config: RunConfig, folder: Pa
 def read_hosts(path: Path) -> list[tuple[str, int]]:
     """Names and slots of a hostfile."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give another --hostfile") from error
     hosts = []

@@ -23,6 +23,13 @@ _CLASSES = {
     "gpt2": (GPT2Config, {"GPT2LMHeadModel", "GPT2Model"}),
 }
 """The classes whose tensors `model/huggingface.py` knows; `GPT2Model` lacks only the output layer, which is tied."""
+_LEADING_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "transformers_weights": (),
+    "attn_implementation": ("eager", "sdpa"),
+    "_attn_implementation": ("eager", "sdpa"),
+}
+"""Settings that name a file of weights, which may be a pickle, or an implementation, which may be a download; and what
+of them is fine."""
 
 
 def huggingface_config(
@@ -89,6 +96,9 @@ def dense_config(settings: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"its architectures are {named!r}, and of {family} only {', '.join(sorted(architectures))} is")
     if settings.get("quantization_config") is not None:
         raise ValueError("its weights are quantized (quantization_config)")
+    for name, allowed in _LEADING_ELSEWHERE.items():
+        if (value := settings.get(name)) is not None and value not in allowed:
+            raise ValueError(f"its {name} is {value!r}, which leads transformers to other files or to code of a hub")
     try:
         theirs = settings_class.from_dict(dict(settings))
     except (StrictDataclassError, ValueError, TypeError, ArithmeticError, AttributeError, KeyError) as error:

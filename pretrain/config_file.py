@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pretrain.errors import ConfigError
 
 MAXIMUM_BYTES = 256 * 1024
+MAXIMUM_DEPTH = 32
 BASE_KEY = "extends"
 
 
@@ -48,17 +49,28 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """The value that `text` stands for; `source` names it in errors."""
+    depth = 0
     try:
         for token in yaml.scan(text):
             if isinstance(token, (yaml.TagToken, yaml.AliasToken)):
                 raise yaml.YAMLError(f"tags and aliases are not allowed (line {token.start_mark.line + 1})")
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > MAXIMUM_DEPTH:  # a scan takes time in the square of the depth
+                raise yaml.YAMLError(f"it is nested too deeply to be a config (line {token.start_mark.line + 1})")
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a number with thousands of digits
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source} is nested too deeply to be a config: is it the right file?") from error
 
 
 def find_file(name: str, folder: str, suffix: str) -> Path:
@@ -182,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     try:
         content = json.loads(read_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__} where a JSON object is expected")

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from torch import Tensor
 
 from model.arithmetic import total_parameters
@@ -45,6 +45,10 @@ TRAINING_NAME = "training.yaml"
 SHARD_PATTERN = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
 class Facts(BaseModel):
     """The content of `espalier.json`."""
 
@@ -56,6 +60,19 @@ class Facts(BaseModel):
     growth: list[dict[str, JsonValue]]
     train: dict[str, JsonValue]
     tokenizer: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _history_is_whole(self) -> "Facts":
+        """As far as it is shown; the rest is kept as it is."""
+        for key in ("step", "consumed_tokens"):
+            if not _is_count(self.train.get(key)):
+                raise ValueError(f"{key} in train is {self.train.get(key)!r} and not a number from 0 on")
+        for event in self.growth:
+            ranks = [event.get(side) for side in ("before", "after")]
+            known = all(isinstance(side, dict) and side and all(map(_is_count, side.values())) for side in ranks)
+            if not (known and _is_count(event.get("step")) and isinstance(event.get("seconds"), int | float)):
+                raise ValueError("an event in growth lacks its step, its seconds, or the ranks before and after")
+        return self
 
 
 class Index(BaseModel):
@@ -69,6 +86,8 @@ class Index(BaseModel):
 
 def check_model(config: ModelConfig, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The tensors are those of a model of this architecture and these ranks; else `CheckpointError`."""
+    if config.layers > len(shapes):  # before a table of that size is made
+        raise CheckpointError(f"there are {len(shapes)} tensors, which is too few for {config.layers} layers")
     names = [projection.name for projection in factored_projections(config)]
     if set(names) != ranks.keys():
         raise CheckpointError(f"the ranks and the factored layers differ, such as in {min(ranks.keys() ^ set(names))}")

@@ -23,8 +23,14 @@ def read_marker(folder: Path, kind: str) -> dict[str, Any] | None:
     path = folder / FACTS_NAME
     if not path.is_file():
         return None
-    facts = decode_json(read_limited(path, FACTS_LIMIT_BYTES))
-    return facts if facts.get("kind") == kind and isinstance(facts.get("files"), list) else None
+    data = read_limited(path, FACTS_LIMIT_BYTES)
+    try:
+        facts = decode_json(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    files = facts.get("files")
+    known = isinstance(files, list) and all(isinstance(file, str) for file in files)
+    return facts if known and facts.get("kind") == kind else None
 
 
 def files_below(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ safetensors files alone, and names, shapes and types in their headers are compar
 read. Then one weight at a time is read, in fp32 whatever the stored type.
 """
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from pretrain.errors import CheckpointError
 from pretrain.logit_comparison import load_transformers, training_logits, transformers_logits
 from pretrain.tokenizer import Tokenizer
 
-SETTINGS_NAME = "config.json"
+SETTINGS_NAME, ADAPTER_NAME = "config.json", "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TYPES = {"F32", "F16", "BF16"}
 _PREFIX = "transformer."
@@ -65,19 +66,29 @@ def _consolidated_source(folder: Path, sequence_length: int | None, tokenizer: P
     return _of_length(dense_source(ConsolidatedModel(folder)), sequence_length)
 
 
-def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Path | None) -> DenseSource:
+def huggingface_settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The content of `config.json` and the dense model it describes; `CheckpointError` if that is no model of ours, or
+    if it leads transformers to anything but its own code and the folder's safetensors weights."""
     path = folder / SETTINGS_NAME
     try:
         settings = decode_json(read_limited(path.resolve(), FACTS_LIMIT_BYTES))  # as a link in a cache
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
+    if os.path.lexists(folder / ADAPTER_NAME):
+        raise CheckpointError(
+            f"{folder} holds an adapter beside its model ({ADAPTER_NAME}), which transformers would add: merge it into "
+            "the weights, or take it away"
+        )
     try:
-        config = dense_config(settings)
+        return settings, dense_config(settings)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder} cannot be imported: {error}: give a model of Llama or GPT-2 type, as "
-            "docs/adaptation.md describes it"
+            f"{folder} cannot be used: {error}: give a model of Llama or GPT-2 type, as docs/adaptation.md describes it"
         ) from error
+
+
+def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Path | None) -> DenseSource:
+    settings, config = huggingface_settings(folder)
     weights = _Weights(folder)
     tied = settings.get("tie_word_embeddings", config.tied_embeddings)
     weights.check(config, tied)

@@ -137,12 +137,12 @@ class GradientProbe:
         return kept
 
     def load(self, model: EspalierModel, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `tensors` gave; nothing if it was measured in another number of directions."""
-        device, stores = next(model.parameters()).device, self._stores()
+        """Takes what `tensors` gave; nothing if it was measured in another number of directions or another model."""
+        device, stores, layers = next(model.parameters()).device, self._stores(), model.factored_layers()
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            layout = self._layout(model, kind, name)
-            if tuple(tensor.shape) != layout.full_shape:
+            layout = self._layout(model, kind, name) if kind in stores and name in layers else None
+            if layout is None or tuple(tensor.shape) != layout.full_shape:
                 self.forget()
                 return
             stores[kind][name] = layout.shard(tensor, tensor_index(), tensor_size()).to(device)

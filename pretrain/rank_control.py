@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.arithmetic import gram_flops, probe_flops_per_token
@@ -25,7 +25,7 @@ from pretrain.augmentation import (
     layer_measurements,
     plan_growth,
 )
-from pretrain.checkpoint_reader import CheckpointReader
+from pretrain.checkpoint_reader import CheckpointReader, open_tensors
 from pretrain.config import RunConfig
 from pretrain.errors import CheckpointError
 from pretrain.initial_values import initial_factors
@@ -168,7 +168,8 @@ class RankControl:
     def restore(self, model: EspalierModel, reader: CheckpointReader) -> None:
         """Goes on with a measurement that was in progress when the checkpoint was written."""
         if self._probe is not None and PROBE_NAME in reader.extra_files:
-            self._probe.load(model, load_file(reader.extra_file(PROBE_NAME)))
+            handle, shapes = open_tensors(reader.extra_file(PROBE_NAME))
+            self._probe.load(model, {name: handle.get_tensor(name) for name in shapes})
 
 
 def _written_probe(tensors: dict[str, Tensor], stack: ExitStack) -> Path:

@@ -129,13 +129,15 @@ class JsonLines:
                 raise
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a torn one, which can only be the last, is left out."""
+        """All records; a line that holds none, such as one that a kill tore, is left out."""
         if not self.path.exists():
             return []
         records = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
         return records
 
     def cut(self, last_step: int | None) -> None:

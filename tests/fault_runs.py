@@ -4,6 +4,7 @@ A server process imports everything once and forks for each process of a run, so
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint_format import KEYS
+from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
+from tests.training_runs import curve
 
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["tests.fault_imports"])
@@ -100,6 +108,28 @@ def train(config: Path, *overrides: str, processes: int = 2, faults: str = "", o
     """A run to its end, whatever that is."""
     outputs = outputs or config.parent / f"outputs_{time.monotonic_ns()}"
     return Started(config, overrides, processes, faults, outputs).end()
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Masters and moments of both runs' newest checkpoints are the same bits, and so is every logged loss."""
+    newest = [find_checkpoint(one / "checkpoints", verify=True) for one in (run, other)]
+    mine, theirs = (CheckpointReader(one) for one in newest if one is not None)
+    assert mine.step == theirs.step
+    assert mine.state["ranks"] == theirs.state["ranks"]
+    for name in theirs.layouts:
+        for key in KEYS:
+            assert torch.equal(mine.read(name, key), theirs.read(name, key)), (name, key)
+    assert curve(run) == curve(other)
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def steps_of(run: Path) -> list[int]:
+    """Of the checkpoints, oldest first."""
+    return [CheckpointReader(one).step for one in reversed(step_folders(run / "checkpoints"))]
 
 
 def _work(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:

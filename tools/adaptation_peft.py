@@ -31,7 +31,9 @@ def train_with_peft(config: RunConfig, base: Path, rank: int) -> dict[str, Any]:
         cache=Path(config.run.folder) / "cache",
     )
     torch.manual_seed(config.run.seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=MODULES))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(

@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from model.arithmetic import linear_parameters
 from pretrain.config import RunConfig, parse_config
-from pretrain.config_file import merge
+from pretrain.config_file import merge, read_json, read_settings
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.run_folder import json_text, replace_text
 from tools.adaptation_report import facts_of_benchmark, write_page, write_picture
@@ -156,7 +155,7 @@ def run_settings(
         },
         "schedule": {"shape": "cosine", "warmup_steps": steps // 20},
         "data": dict(data),
-        "checkpoint": {"every": 0, "keep": 1},
+        "checkpoint": {"every": 0, "keep": 2},
         "deepspeed": {"stage": 1},
     }
     return parse_config(merge(common, dict(sections)))
@@ -191,7 +190,7 @@ def adapt(
 
         found = train_with_peft(config, base, case.rank or 0)
         replace_text(figures, json_text(found))
-    facts = json.loads(figures.read_text(encoding="utf-8"))
+    facts = read_json(figures)
     keys = ("trained_parameters", "validation_loss", "validation_loss_before", "mean_rank")
     what = {"way": case.way, "method": case.method, "policy": case.policy, "rank": case.rank}
     return {**what, "learning_rate": case.learning_rate, **{key: facts[key] for key in keys if key in facts}}
@@ -207,7 +206,7 @@ def _start(case: Case, base: Path, folder: Path) -> Path:
 
 
 def _sections(case: Case, start: Path, steps: int) -> dict[str, Any]:
-    imported = yaml.safe_load((start / "training.yaml").read_text(encoding="utf-8"))
+    imported = read_settings(start / "training.yaml")
     sections = {key: imported[key] for key in ("model", "checkpoint")}
     if case.method in ("full", "peft"):
         return sections

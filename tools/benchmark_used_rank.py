@@ -136,7 +136,7 @@ def run_settings(case: Case, data: Mapping[str, str], arguments: argparse.Namesp
         "schedule": {"shape": "cosine", "warmup_steps": arguments.steps // 20},
         "rank": {"policy": "fixed", "track": True},
         "data": dict(data),
-        "checkpoint": {"every": quarter, "keep": 1},
+        "checkpoint": {"every": quarter, "keep": 2},
         "deepspeed": {"stage": 0},
     }
 

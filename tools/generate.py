@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from pretrain.consolidated import FACTS_NAME, ConsolidatedModel
 from pretrain.errors import CheckpointError, ConfigError, run_command
+from pretrain.huggingface_import import huggingface_settings
 
 
 def main() -> None:
@@ -24,14 +24,17 @@ def main() -> None:
     _check_export(arguments.model)
     logging.disable_progress_bar()
     torch.manual_seed(arguments.seed)
-    # Files that transformers cannot use are the user's to mend; it says what is wrong with them.
+    # Files that transformers cannot use, for whatever reason, are the user's to mend; it says what is wrong with them.
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:
         raise CheckpointError(f"{arguments.model} cannot be loaded, export it again: {_first_line(error)}") from error
+    # The command line decides, and not a file beside the weights, which could ask for a billion beams.
+    end = model.config.eos_token_id
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     print(continue_text(model.eval(), tokenizer, arguments))
 
 
@@ -87,6 +90,7 @@ def _check_export(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} is no dense export, it has no config.json: make one with tools/densify_checkpoint.py"
         )
+    huggingface_settings(folder)
 
 
 def _first_line(error: Exception) -> str:

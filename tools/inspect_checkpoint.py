@@ -45,16 +45,23 @@ def model_report(facts: Facts) -> dict[str, Any]:
 
 def checkpoint_report(reader: CheckpointReader) -> dict[str, Any]:
     """`model_report`, and how and in which layout the checkpoint was written."""
-    config = reader.state.get("config", {})
     return {
         "folder": str(reader.folder),
         **model_report(facts_of(reader)),
-        "precision": config.get("train", {}).get("precision"),
-        "zero_stage": config.get("deepspeed", {}).get("stage"),
+        "precision": _setting(reader, "train", "precision"),
+        "zero_stage": _setting(reader, "deepspeed", "stage"),
         "tensor_size": reader.tensor_size,
         "shard_files": len(reader.manifest.shards),
         "bytes": sum(record.bytes for record in reader.manifest.files),
     }
+
+
+def _setting(reader: CheckpointReader, section: str, key: str) -> Any:
+    """Of the run that wrote the checkpoint; None where it does not say."""
+    content: Any = reader.state.get("config")
+    for name in (section, key):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def consolidated_report(model: ConsolidatedModel) -> dict[str, Any]:

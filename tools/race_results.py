@@ -55,7 +55,7 @@ class Results:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             known = content["format_version"] == FORMAT and isinstance(content["runs"], dict)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{self.path} is no file of race results: mend it or name another with --results"
             ) from error

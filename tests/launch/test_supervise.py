@@ -70,6 +70,7 @@ def test_a_signal_is_passed_on_and_ends_it(config: Path) -> None:
     assert "error: SIGTERM: saved at step" in stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_is_not_tried_again(config: Path) -> None:
     running = _supervise(config, "no fault at all")
     stdout, stderr = running.communicate(timeout=60)
