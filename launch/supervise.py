@@ -8,10 +8,11 @@ of. A run that ended in order (0), was refused (2), has no usable checkpoint or 
 or was asked to end (130, 138, 143) is not started again, and its exit code is the supervisor's own.
 
 With `--hostfile FILE` in the command, hosts that do not answer to ssh are left out, as far as the run divides over the
-others. SIGTERM and SIGUSR1 are passed on to the launcher.
+others. SIGTERM and SIGUSR1 are passed on to the training processes of this node.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from pretrain.checkpoint_reader import step_folders
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
@@ -32,8 +35,14 @@ from pretrain.faults import LIFE
 
 FINAL_CODES = {0, 2, 3, 4, 130, 138, 143}
 LONGEST_WAIT_SECONDS = 300.0
+LONGEST_SAVE_SECONDS = 600.0
+"""Of processes that the launcher has left behind."""
+POLL_SECONDS = 0.5
 SSH_SECONDS = 5
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*)\s+slots=([1-9][0-9]*)\s*(?:#.*)?")
+
+WORDS = re.compile(r"(?:\[rank\d+\]: *)?((?:error|[\w.]*Error): .*)")
+"""What a process says of its end; torch puts its number in front of tracebacks."""
 
 
 class Supervisor:
@@ -45,6 +54,7 @@ class Supervisor:
         self.checkpoints = Path(self.config.run.folder) / "checkpoints"
         self.asked: int = 0
         self.running: subprocess.Popen[str] | None = None
+        self.workers: set[psutil.Process] = set()
         self.last_words: deque[str] = deque(maxlen=5)
 
     def run(self) -> int:
@@ -57,9 +67,10 @@ class Supervisor:
             code = self._live(life)
             if self.asked:
                 return 128 + self.asked
-            if code in FINAL_CODES:
-                return code
             after = newest_step(self.checkpoints)
+            # The deepspeed launcher says 0, too, when what it started was killed.
+            if code in FINAL_CODES and (code or after >= self.config.train.steps):
+                return code
             fruitless = 0 if after != before else fruitless + 1
             deaths = [*deaths, code] if fruitless else []
             if fruitless >= self.attempts:
@@ -83,25 +94,56 @@ class Supervisor:
             self.running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
             reader = threading.Thread(target=self._listen, args=(self.running,), daemon=True)
             reader.start()
-            code = self.running.wait()
-            reader.join(1.0)  # what the launcher left behind may still hold the pipe
+            while self.running.poll() is None:
+                self.workers |= training_processes(self.running.pid)
+                time.sleep(POLL_SECONDS)
+            self._wait_for_the_left_behind()
+            reader.join(1.0)
+            code = self.running.returncode
             return code if code >= 0 else 128 - code
+
+    def _wait_for_the_left_behind(self) -> None:
+        """A launcher that was killed leaves its processes training; they are asked to save and end."""
+        left = [one for one in self.workers if one.is_running()]
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(self.asked or signal.SIGTERM)
+        _, left = psutil.wait_procs(left, timeout=LONGEST_SAVE_SECONDS)
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        self.workers = set()
 
     def _listen(self, running: "subprocess.Popen[str]") -> None:
         for line in running.stderr or ():
             sys.stderr.write(line)
-            if line.startswith(("error: ", "RuntimeError", "torch.OutOfMemoryError")):
-                self.last_words.append(line.strip())
+            if match := WORDS.match(line):
+                self.last_words.append(match[1].strip())
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """To the training processes themselves: the deepspeed launcher keeps signals from them on one node."""
         self.asked = number
-        if self.running is not None:
-            self.running.send_signal(number)
+        if self.running is None or self.running.poll() is not None:
+            return
+        for one in training_processes(self.running.pid) or {psutil.Process(self.running.pid)}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not self.asked and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
+
+
+def training_processes(launcher: int) -> set[psutil.Process]:
+    """Those below a launcher that have a place in the run."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "RANK" in child.environ() and any(word.endswith("train.py") for word in child.cmdline()):
+                    found.add(child)
+    return found
 
 
 def config_of(command: Sequence[str]) -> RunConfig:

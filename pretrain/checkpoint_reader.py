@@ -138,6 +138,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} holds no {name}")
         return self.folder / name
 
+    def close(self) -> None:
+        """Lets go of the files, which may then be removed on any file system; they are opened anew where needed."""
+        self._handles.clear()
+
     def verify(self, index: int = 0, processes: int = 1) -> None:
         """Reads all files again and compares their checksums; of `processes` readers, that number `index` takes its
         share of the files."""

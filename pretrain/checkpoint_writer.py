@@ -61,7 +61,7 @@ from pretrain.checkpoint_format import (
 from pretrain.checkpoint_reader import read_manifest
 from pretrain.errors import CheckpointError
 from pretrain.health import reach
-from pretrain.retention import FEWEST, Retention, clear_leftovers, discard, prune
+from pretrain.retention import FEWEST, Retention, clear_leftovers, discard, prune, remove
 
 SPACE_MARGIN_BYTES = 2**20
 """Room for headers and the manifest."""
@@ -143,14 +143,18 @@ class CheckpointWrite:
                 _prepare(content)
                 reach("save.staging", self.content.step)
 
+    def fail(self, error: Exception) -> None:
+        """What went wrong before `write`; told by `commit`, to everybody."""
+        self._failure = error
+
     def write(self, fragments: Iterable[Fragment]) -> None:
         """Writes this process's fragments, which are read once. Of replicated parameters those of tensor index 0
         count."""
         try:
             self._shard = _write_shard(self.content, fragments)
             reach("save.written", self.content.step)
-        except Exception as error:  # told by `commit`, to everybody
-            self._failure = error
+        except Exception as error:
+            self._failure = self._failure or error
 
     def commit(self) -> Path:
         """All processes call it together, each after its `write`. Afterwards the folder holds the new checkpoint and
@@ -292,6 +296,8 @@ def _prepare(content: Content) -> None:
             f"{root} has {free_bytes / 1e9:.3f} GB free and a checkpoint takes {needed_bytes / 1e9:.3f} GB: "
             f"{ADVICE[errno.ENOSPC]}"
         )
+    if content.staging.exists():  # left by a kill, and not all of it would go
+        remove(content.staging)
     content.staging.mkdir()
 
 

@@ -29,6 +29,7 @@ PLACES = (
     "save.begin",
     "save.staging",  # the staging folder is made
     "save.shard",  # in the middle of this process's file
+    "save.waiting",  # for a write in the background
     "save.written",  # all files but the manifest are written
     "save.manifest",  # the manifest is written
     "save.aside",  # an older checkpoint of the same step is moved aside
@@ -121,7 +122,7 @@ class Faults:
 
     def happen(self, place: str, step: int) -> float:
         """Lets happen what is due at this place; a factor for the loss, which is 1 but at `step.loss`."""
-        for fault in self.waiting:
+        for fault in list(self.waiting):
             if (fault.place, fault.step) == (place, step) and fault.process in (None, self.process):
                 self.waiting.remove(fault)
                 if fault.action in FACTORS:

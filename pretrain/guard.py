@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ _MAD_TO_DEVIATION = 1.4826
 """Of normally distributed values."""
 _SMALLEST_MAD = 1e-3
 """Relative to the median: losses that hardly move are no reason to call the next one a leap."""
+_LEAPS = 5
+"""In a row, after which they are what losses are now."""
+_IMPATIENCE_SECONDS = 3.0
+"""Between two SIGTERMs that mean more than one: schedulers and launchers each send theirs."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -42,7 +47,7 @@ class RollBack(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 as a request to save and leave; a second SIGTERM ends the process at once.
+    """SIGTERM and SIGUSR1 as a request to save and leave; a second SIGTERM, seconds later, ends the process at once.
 
     A thread is told of them through a pipe, for Python's own handlers wait until the main thread comes back from
     whatever collective it is in.
@@ -70,10 +75,13 @@ class Signals:
             told.close()
 
     def _listen(self, told: socket.socket) -> None:
+        first = 0.0
         while numbers := told.recv(1):
             number = numbers[0]
-            if number == self.received == signal.SIGTERM:
+            now = time.monotonic()
+            if number == self.received == signal.SIGTERM and now - first > _IMPATIENCE_SECONDS:
                 os._exit(128 + number)
+            first = first if self.received else now
             if number in _SIGNALS:  # others, such as SIGINT, keep their own handlers
                 self.received = max(self.received, number)
 
@@ -98,6 +106,7 @@ class Guard:
     def __init__(self, config: GuardConfig, signals: Signals) -> None:
         self.config, self.signals = config, signals
         self._losses: deque[float] = deque(maxlen=config.spike_window or None)
+        self._leaps = 0
 
     def verdict(self, writing: bool) -> Verdict:
         """A collective. `writing`: whether this process still writes its part of a checkpoint."""
@@ -138,7 +147,16 @@ class Guard:
             middle = median(before)
             spread = median(abs(one - middle) for one in before)
             found = (loss - middle) / (_MAD_TO_DEVIATION * max(spread, _SMALLEST_MAD * abs(middle)))
-        if found is not None and found > self.config.spike_deviations:
-            return found  # and does not become what the next ones are compared with
-        self._losses.append(loss)
-        return None
+        if found is None or found <= self.config.spike_deviations:
+            self._leaps = 0
+            self._losses.append(loss)
+            return None
+        self._leaps += 1
+        if self._leaps >= _LEAPS:
+            self.forget()
+        return found  # and the loss does not become what the next ones are compared with
+
+    def forget(self) -> None:
+        """What losses were: ranks have changed, or another level has come to stay."""
+        self._losses.clear()
+        self._leaps = 0

@@ -133,14 +133,14 @@ class Watchdog(threading.Thread):
             except RuntimeError:  # process 0 has found out for itself, said so and gone
                 speaks = False
             else:
-                blamed = diagnosis(before, now, self.process)
-                alive = [process for process, pulse in now.items() if pulse.beat > before[process].beat]
+                blamed = diagnosis(before, now, self.process, self.processes)
+                alive = [process for process, pulse in now.items() if pulse != before.get(process)]
                 speaks = self.process == min([*alive, self.process])
         if speaks:
             print(
                 f"error: {blamed}; process {self.process} has been at {place_and_step()} for {idle:.0f} s, and "
                 f"guard.hang_seconds is {self.hang_seconds:g}: the run ends, and goes on from its newest checkpoint "
-                "when it is started again",
+                "when it is started again (raise guard.hang_seconds if all was well)",
                 file=sys.stderr,
             )
             faulthandler.dump_traceback(all_threads=True)
@@ -148,9 +148,12 @@ class Watchdog(threading.Thread):
         os._exit(HangError.exit_code)
 
 
-def diagnosis(before: Mapping[int, Pulse], now: Mapping[int, Pulse], observer: int) -> str:
+def diagnosis(before: Mapping[int, Pulse], now: Mapping[int, Pulse], observer: int, processes: int) -> str:
     """Who holds the others up: a process without a pulse, or the one that has come least far."""
-    silent = [process for process in now if process != observer and now[process].beat == before[process].beat]
+    unheard = [process for process in range(processes) if process not in now]
+    if unheard:
+        return f"process {unheard[0]} has never answered"
+    silent = [process for process in now if process != observer and now[process] == before.get(process)]
     for process in silent[:1]:
         pulse = now[process]
         more = f" (and {len(silent) - 1} others)" if len(silent) > 1 else ""

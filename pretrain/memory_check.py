@@ -14,13 +14,17 @@ from pretrain.plan import setup_of
 def check_memory(config: RunConfig, processes: int) -> None:
     """ConfigError with the numbers. What is checked is certain and not all: `tools/plan_run.py` plans the rest."""
     plan = plan_memory(config.model, config.initial_ranks(), setup_of(config, processes))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or processes)
     host = psutil.virtual_memory().total / neighbours
+    copy = plan.optimizer if config.checkpoint.background else 0
     states = plan.weights + plan.gradients + plan.optimizer
     if torch.cuda.is_available():
-        places = [("of the GPU", states, torch.cuda.get_device_properties().total_memory), ("here", plan.host, host)]
+        places = [
+            ("of the GPU", states, torch.cuda.get_device_properties().total_memory),
+            ("here", plan.host + copy, host),
+        ]
     else:
-        places = [(f"of the machine's memory, shared by {neighbours} processes,", states + plan.host, host)]
+        places = [(f"of the machine's memory, shared by {neighbours} processes,", states + plan.host + copy, host)]
     for place, needed, available in places:
         if needed > available:
             raise ConfigError(

@@ -48,8 +48,9 @@ def joined_processes() -> Iterator[int]:
     if sys.prefix != sys.base_prefix:
         # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
-    _end_with_the_launcher()
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        _end_with_the_launcher()
+    else:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )

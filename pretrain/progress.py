@@ -24,7 +24,7 @@ class TrainState:
         """Goes on with sample `end`; the samples before it that were never trained on, or trained on in vain."""
         window = [self.consumed_samples, end]
         self.left_out.append(window)
-        self.consumed_samples = end
+        self.consumed_samples, self.skipped_in_a_row = end, 0
         return window
 
 

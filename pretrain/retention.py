@@ -35,7 +35,7 @@ def clear_leftovers(root: Path) -> None:
     """Removes what kills left behind, and brings back an older checkpoint that waits for a new one that never came."""
     for path in list(root.iterdir()):
         if LEFTOVER_PATTERN.fullmatch(path.name):
-            remove(path)
+            _remove_what_goes(path)
         elif match := ASIDE_PATTERN.fullmatch(path.name):
             # A kill between the two renames of a commit left the old one aside and no new one.
             if (root / match[1]).exists():
@@ -65,7 +65,15 @@ def discard(folder: Path) -> None:
     gone = folder.with_name(f".removed_{folder.name.removeprefix('.replaced_')}")
     os.rename(folder, gone)
     reach("save.prune")
-    remove(gone)
+    _remove_what_goes(gone)
+
+
+def _remove_what_goes(path: Path) -> None:
+    """What is left, such as files that NFS keeps for whoever has them open, the next save removes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def remove(path: Path) -> None:

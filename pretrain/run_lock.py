@@ -1,9 +1,10 @@
 """Keeps a second run out of a run's folder.
 
-The lock is the kernel's (`flock`): it ends with the process that holds it, however that ends, so there are no stale
-ones. The file says who holds it, for people.
+The lock is the kernel's (`flock`): it ends with the process that holds it, however that ends. On NFS the server may
+keep the lock of a node that crashed for its lease, a minute or two. The file says who holds it, for people.
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -25,9 +26,10 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            if [path.name for path in folder.iterdir()] == [LOCK_FILE]:  # the run could not begin
-                (folder / LOCK_FILE).unlink()
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # the folder may have gone
+                if [path.name for path in folder.iterdir()] == [LOCK_FILE]:  # the run could not begin
+                    (folder / LOCK_FILE).unlink()
+                    folder.rmdir()
             os.close(lock)
 
 
@@ -49,6 +51,12 @@ def _take(folder: Path) -> int:
         raise ConfigError(
             f"run.folder {folder} is in use by {holder}: end that run, or set run.folder to another folder"
         ) from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError(
+            f"run.folder {folder} cannot be locked ({error.strerror}): set run.folder to a file system that has flock"
+        ) from error
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock

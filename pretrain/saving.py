@@ -19,6 +19,7 @@ from pathlib import Path
 from pretrain.checkpoint_format import Fragment
 from pretrain.checkpoint_writer import CheckpointWrite
 from pretrain.errors import CheckpointError
+from pretrain.health import reach
 
 Report = Callable[..., None]
 """`report(kind, step, **facts)`: `Monitor.event`."""
@@ -29,7 +30,12 @@ class _Pending:
 
     def __init__(self, write: CheckpointWrite, fragments: Iterable[Fragment], resources: ExitStack) -> None:
         self.write, self.resources = write, resources
-        copies = [replace(one, values=one.values.detach().to("cpu", copy=True)) for one in fragments]
+        copies: list[Fragment] = []
+        try:
+            copies = [replace(one, values=one.values.detach().to("cpu", copy=True)) for one in fragments]
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            write.fail(CheckpointError(f"host memory does not hold a copy ({reason}): set checkpoint.background=false"))
         self.began = time.perf_counter()
         self.written_seconds = 0.0
         self.thread = threading.Thread(target=self._run, args=(copies,), name="checkpoint", daemon=True)
@@ -93,7 +99,9 @@ class Saver:
         if self._pending is None:
             return
         start = time.perf_counter()
-        self._pending.thread.join()
+        while self._pending.thread.is_alive():
+            self._pending.thread.join(1.0)
+            reach("save.waiting")
         self._stall_seconds += time.perf_counter() - start
         self._commit()
 

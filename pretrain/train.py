@@ -10,6 +10,7 @@ its newest one, by itself; a run that is complete is left as it is.
 """
 
 import argparse
+import gc
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -19,8 +20,8 @@ from pathlib import Path
 from model.process_groups import initialize_process_groups
 from pretrain.config import RunConfig, load_config, print_config
 from pretrain.corpus import open_corpus
-from pretrain.engine import tear_down
-from pretrain.errors import EspalierError, StopSignal, agreed, run_command
+from pretrain.engine import release_free_memory, tear_down
+from pretrain.errors import EspalierError, NumericalError, StopSignal, agreed, run_command
 from pretrain.guard import Guard, RollBack, Signals
 from pretrain.health import lost_peers_told, reach, watched
 from pretrain.memory_check import check_memory
@@ -49,12 +50,17 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
             monitor.decision(state.step, decision.answer.seconds, decision.answer.flops)
         if decision is not None and decision.growth is not None:
             growth = decision.growth
+            guard.forget()
             monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds)
 
         metrics = run.train_step()
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
-        guard.judge(loss, state, monitor.event)
+        try:
+            guard.judge(loss, state, monitor.event)
+        except (RollBack, NumericalError):
+            saver.finish()  # a checkpoint from before this step
+            raise
 
         verdict = guard.verdict(saver.writing)
         saver.commit_if_written(verdict.written)
@@ -115,7 +121,9 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
             except RollBack as again:
                 if turn >= config.guard.rollbacks:
                     raise agreed(f"{again.reason}; guard.rollbacks, {config.guard.rollbacks}, are used up") from None
-                turned_back = again
+                turned_back = again.with_traceback(None)  # which holds all that the life before had
+                gc.collect()
+                release_free_memory()
     raise AssertionError("the loop above ends by itself")
 
 
@@ -136,7 +144,7 @@ def _run_once(
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
         return None
     if turned_back is not None and reader is None:
-        raise agreed(f"{turned_back.reason}; there is no checkpoint to go back to")
+        raise agreed(f"{turned_back.reason}; there is no checkpoint to go back to: lower checkpoint.every")
     together(lambda: check_origin(reader, config, tokenizer))
     step, consumed = progress_of(reader)
     consumed = consumed if turned_back is None else turned_back.consumed_samples
@@ -152,6 +160,8 @@ def _run_once(
     corpus = corpus_for(config.train, corpus, config.run.seed)
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
     run = Trainer(config, layout, corpus, reader)
+    if reader is not None:
+        reader.close()
     monitor = Monitor(
         folder,
         config,

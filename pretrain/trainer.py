@@ -127,6 +127,7 @@ class Trainer:
                 norm = gradient_norm(self.engine) if self.config.deepspeed.stage == 0 else norm
             applied = self._optimizer_step(norm)
         dist.all_reduce(total, group=data_group())
+        dist.broadcast(total, src=0)  # to the last bit the same, for whoever decides by it
         if self.rank_control.probes(state.step):
             self._refuse_non_finite_weights()
             self.rank_control.after_step(self.model, loss_scale or 1.0)

@@ -53,6 +53,14 @@ def test_a_disk_that_fills_up(config: Path) -> None:
             CheckpointReader(one).verify()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_everybody_waits_for_a_slow_writer(config: Path, undisturbed: Path, background: str) -> None:
+    ended = train(config, f"checkpoint.background={background}", faults="slow@save.shard:1:6")
+    assert ended.codes == [0, 0]
+    assert_same_end(config.parent / "run", undisturbed)
+
+
 def test_a_background_write_that_fails_is_noticed(config: Path) -> None:
     run = config.parent / "run"
     ended = train(config, "checkpoint.background=true", "train.steps=40", "checkpoint.every=10", faults=_shards(1, 40))

@@ -86,7 +86,7 @@ def test_fifty_kills_at_random_times(folder: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "train": {"steps": steps},
         "rank": {"events": [{"step": 100, "rank": 6}, {"step": 250, "rank": 8}, {"step": 400, "rank": 10}]},
-        "checkpoint": {"every": 7, "keep": 2, "background": True},
+        "checkpoint": {"every": 4, "keep": 2, "background": True},
     }
     quiet = write_config(tmp_path / "quiet.yaml", folder / "corpus", tmp_path / "quiet", **settings)
     assert train(quiet).codes == [0, 0]
@@ -97,7 +97,7 @@ def test_fifty_kills_at_random_times(folder: Path, tmp_path: Path) -> None:
         before = _newest(tmp_path / "run")
         while _newest(tmp_path / "run") == before and started.processes[0].is_alive():
             time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.3))
+        time.sleep(draw.uniform(0.0, 0.1))
         if not started.processes[0].is_alive():
             break
         started.signal(draw.randrange(2), signal.SIGKILL)

@@ -45,7 +45,8 @@ def test_a_second_sigterm_ends_at_once(config: Path) -> None:
     started = Started(config, ("guard.hang_seconds=0",), 2, "stop@step.forward:1:7", config.parent / "outputs")
     started.wait_for("step 7/12")
     started.signal(0, signal.SIGTERM)  # waits for a process that does not go on
-    time.sleep(0.5)
+    started.signal(0, signal.SIGTERM)  # as a launcher does at once
+    time.sleep(4.0)
     assert started.processes[0].is_alive()
     started.signal(0, signal.SIGTERM)
     started.processes[0].join(10.0)

@@ -1,5 +1,6 @@
 """A supervised run: started again after faults, given up in a crash loop, continued on the hosts that are left."""
 
+import fcntl
 import json
 import os
 import signal
@@ -30,19 +31,27 @@ def config(corpus: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path / "run.yaml", corpus, tmp_path / "run", checkpoint={"every": 3})
 
 
-def _supervise(config: Path, faults: str, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "launch/supervise.py", "--wait", "0", *options, sys.executable, "pretrain/train.py"]
+ALONE = (sys.executable,)
+BY_DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2")
+
+
+def _supervise(config: Path, faults: str, *options: str, launcher: tuple[str, ...] = ALONE) -> "subprocess.Popen[str]":
+    command = [sys.executable, "launch/supervise.py", "--wait", "0", *options, *launcher, "pretrain/train.py"]
     environment = os.environ | {"ESPALIER_FAULT": faults, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*command, "--config", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
 
 
-def test_a_run_goes_on_after_a_kill(config: Path) -> None:
-    running = _supervise(config, "kill@step.forward:0:7")
-    stdout, _ = running.communicate(timeout=120)
+@pytest.mark.parametrize(
+    ("launcher", "code"),
+    [pytest.param(ALONE, 137, id="alone"), pytest.param(BY_DEEPSPEED, 247, id="deepspeed", marks=pytest.mark.slow)],
+)
+def test_a_run_goes_on_after_a_kill(config: Path, launcher: tuple[str, ...], code: int) -> None:
+    running = _supervise(config, "kill@step.forward:0:7", launcher=launcher)
+    stdout, _ = running.communicate(timeout=240)
     assert running.returncode == 0
-    assert "[supervise] exit code 137; starting again from step 6 in 0 s" in stdout
+    assert f"[supervise] exit code {code}; starting again from step 6 in 0 s" in stdout
     assert newest_step(config.parent / "run" / "checkpoints") == 12
     events = [json.loads(line) for line in (config.parent / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [6]
@@ -59,8 +68,9 @@ def test_a_fault_that_comes_back_ends_with_a_diagnosis(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_is_passed_on_and_ends_it(config: Path) -> None:
-    running = _supervise(config, "slow@step.forward:0:7")
+@pytest.mark.parametrize("launcher", [ALONE, BY_DEEPSPEED], ids=["alone", "deepspeed"])
+def test_a_signal_is_passed_on_and_ends_it(config: Path, launcher: tuple[str, ...]) -> None:
+    running = _supervise(config, "slow@step.forward:0:7", launcher=launcher)
     checkpoints = config.parent / "run" / "checkpoints"
     while newest_step(checkpoints) < 6 and running.poll() is None:
         time.sleep(0.05)
@@ -68,6 +78,20 @@ def test_a_signal_is_passed_on_and_ends_it(config: Path) -> None:
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 143
     assert "error: SIGTERM: saved at step" in stderr
+
+
+@pytest.mark.slow
+def test_processes_end_with_what_started_them(config: Path) -> None:
+    """The launcher is killed; its process saves, ends, and lets go of the folder."""
+    running = _supervise(config, "slow@step.forward:0:7")
+    checkpoints = config.parent / "run" / "checkpoints"
+    while newest_step(checkpoints) < 6 and running.poll() is None:
+        time.sleep(0.05)
+    running.kill()
+    running.communicate(timeout=60)
+    with (config.parent / "run" / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits until the process is gone
+    assert 6 < newest_step(checkpoints) < 12
 
 
 @pytest.mark.slow
