@@ -154,7 +154,7 @@ class _ScaledState(_AdamState):
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
         super().load_counters(counters)
-        for key, value in counters["loss_scaler"].items():
+        for key, value in counters.get("loss_scaler", {}).items():  # ZeRO 0 has none
             setattr(self.zero.loss_scaler, key, value)
 
 
