@@ -43,9 +43,10 @@ def _supervise(config: Path, faults: str, *options: str, launcher: tuple[str, ..
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "code"),
-    [pytest.param(ALONE, 137, id="alone"), pytest.param(BY_DEEPSPEED, 247, id="deepspeed", marks=pytest.mark.slow)],
+    [pytest.param(ALONE, 137, id="alone"), pytest.param(BY_DEEPSPEED, 247, id="deepspeed")],
 )
 def test_a_run_goes_on_after_a_kill(config: Path, launcher: tuple[str, ...], code: int) -> None:
     running = _supervise(config, "kill@step.forward:0:7", launcher=launcher)
