@@ -387,7 +387,8 @@ def _wait_for(condition: Any, launcher: subprocess.Popen[str], seconds: float = 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("moment", [pytest.param("step", marks=pytest.mark.slow), "save"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step", "save"])
 def test_kill_minus_nine_costs_nothing_committed(corpus: Path, tmp_path: Path, moment: str) -> None:
     """One of two processes is killed in mid-run or in mid-save; started again, the run ends as if nothing had been."""
     sections = {"model": {"hidden": 256}, "train": {"steps": 10}, "checkpoint": {"every": 3}}
