@@ -14,6 +14,7 @@ setup(
     ),
     package_data={"configs": ["*.yaml", "deepspeed/*.json"], "launch": ["*.sh"]},
     install_requires=[
+        "accelerate>=1.10",
         "deepspeed>=0.19.8,<0.20",
         "matplotlib>=3.9",
         "megatron-core>=0.16.1,<0.17",

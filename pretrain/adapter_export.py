@@ -74,7 +74,7 @@ def compare_with_adapter(consolidated: ConsolidatedModel, folder: Path, *, dtype
     """
     tokens = comparison_tokens(consolidated)
     ours = training_logits(consolidated, tokens)
-    merged = load_transformers(folder / BASE_FOLDER)
+    merged = load_transformers(folder / BASE_FOLDER, in_memory=True)
     _merge(merged, folder / ADAPTER_FOLDER)
     comparison = compare_logits(ours, transformers_logits(merged, tokens))
     if not comparison.within(TOLERANCES[dtype]):

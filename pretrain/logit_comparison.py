@@ -3,7 +3,8 @@
     max |theirs - ours|  ≤  tolerance · scale,     scale = max |ours - its mean|
 
 with the mean over the vocabulary, since only differences between logits matter. Both run in fp32 arithmetic, whatever
-type is stored, one after the other.
+type is stored, one after the other. Weights of a Hugging Face folder stay on disk until a module needs them: the dense
+form of a model need not fit into memory.
 """
 
 from dataclasses import dataclass
@@ -110,9 +111,13 @@ def _logits(model: EspalierModel, tokens: Tensor) -> Tensor:
     return logits[..., : model.model_config.vocabulary].float().cpu()
 
 
-def load_transformers(folder: Path, *, foreign: bool = False) -> torch.nn.Module:
+def load_transformers(folder: Path, *, foreign: bool = False, in_memory: bool = False) -> torch.nn.Module:
     """What transformers makes of a folder; `CheckpointError` if it does not find all weights there, or more than those
-    in a folder that is not `foreign`: old ones of others hold constants as well."""
+    in a folder that is not `foreign`: old ones of others hold constants as well.
+
+    Unless `in_memory`, accelerate reads a module's weights when the module runs, and lets go of them.
+    """
+    place = None if in_memory else {"": "disk"}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -121,6 +126,7 @@ def load_transformers(folder: Path, *, foreign: bool = False) -> torch.nn.Module
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            device_map=place,
         )
     except Exception as error:  # whatever a setting of others leads to inside transformers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -135,6 +141,5 @@ def load_transformers(folder: Path, *, foreign: bool = False) -> torch.nn.Module
 
 @torch.no_grad()
 def transformers_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """`(sequences, length, vocabulary)`."""
-    model, tokens = model.to(device()), tokens.to(device())
-    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float().cpu()
+    """`(sequences, length, vocabulary)`, computed on the CPU: there weights come from disk."""
+    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()

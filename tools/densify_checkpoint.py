@@ -5,8 +5,8 @@
 
 Needs no GPU and no launcher. Every weight W = B A is computed in fp32 and streamed to disk; then the written folder is
 loaded with transformers and its logits are compared with the factored model's. Only then does it get its name. Memory:
-the fp32 weights of one of the two models at a time. Models of the masked objective, for which transformers has no such
-class, are refused.
+the fp32 weights of the factored model; dense ones come one at a time. Models of the masked objective, for which
+transformers has no such class, are refused.
 """
 
 import argparse
