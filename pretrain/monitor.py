@@ -306,7 +306,7 @@ class Monitor:
         self._print(f"step {step}/{self._config.train.steps}  {facts}  left {clock}")
 
     def _record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._attempt(lambda: self._events.append({"time": moment, "step": step, "event": kind, **facts}))
 
     def _say(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
