@@ -129,6 +129,8 @@ class CheckpointWrite:
         self.content, self.retention = content, retention
         self._shard: ShardRecord | None = None
         self._failure: Exception | None = None
+        self.committed = False
+        """The checkpoint is there, whatever fails afterwards."""
         self._outcome = f"the checkpoint of step {content.step} was not saved, earlier ones are as they were"
         facts = _gather((content.step, content.tensor_size, _digest(content.layouts)))
         with self._cleaned_up(), _vote(self._outcome, content.root):
@@ -173,6 +175,7 @@ class CheckpointWrite:
                     read_manifest(content.staging)  # what the reader would refuse is not committed
                     reach("save.manifest", self.content.step)
                     _commit(content.staging, content.target)
+        self.committed = True
         with _vote(f"the checkpoint of step {content.step} is saved, but what follows failed", content.root):
             if first:
                 reach("save.renamed", self.content.step)

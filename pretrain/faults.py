@@ -18,6 +18,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
+from model.process_groups import device
 from pretrain.errors import ConfigError
 
 VARIABLE, LIFE = "ESPALIER_FAULT", "ESPALIER_LIFE"
@@ -65,6 +69,11 @@ def _refuse(number: int) -> Callable[[], None]:
     return raise_it
 
 
+def _collective() -> None:
+    """One in which no other process takes part: all later ones meet the wrong partner."""
+    dist.all_reduce(torch.zeros(1, device=device()))
+
+
 def _raise() -> None:
     raise RuntimeError("a fault on purpose")
 
@@ -79,6 +88,7 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "raise": _raise,
     "exit": lambda: sys.exit(0),
     "slow": lambda: time.sleep(SLOW_SECONDS),
+    "collective": _collective,
 }
 FACTORS = {"nan": float("nan"), "spike": SPIKE_FACTOR}
 """What a loss or gradient is multiplied by, at `step.loss` alone."""
@@ -125,6 +135,7 @@ class Faults:
         for fault in list(self.waiting):
             if (fault.place, fault.step) == (place, step) and fault.process in (None, self.process):
                 self.waiting.remove(fault)
+                print(f"[fault] {fault.action} at {place} of step {step}", file=sys.stderr, flush=True)
                 if fault.action in FACTORS:
                     return FACTORS[fault.action]
                 ACTIONS[fault.action]()

@@ -1,6 +1,10 @@
 """Where a run stands, and what it has still before it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from pretrain.augmentation import GrowthRecord
 from pretrain.config import RunConfig
@@ -26,6 +30,11 @@ class TrainState:
         self.left_out.append(window)
         self.consumed_samples, self.skipped_in_a_row = end, 0
         return window
+
+
+def saved_progress(state: Mapping[str, Any]) -> TrainState:
+    """Out of a checkpoint's state; pydantic's `ValidationError` where it says something else."""
+    return TypeAdapter(TrainState).validate_python({**state["train"], "growth": state["growth"]})
 
 
 def samples_of_the_run(config: RunConfig, step: int, consumed: int) -> int:

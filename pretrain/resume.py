@@ -5,14 +5,51 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from pretrain.checkpoint_format import first_validation_error
 from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture
+from pretrain.consolidated import facts_of
 from pretrain.corpus import Corpus
 from pretrain.errors import CheckpointError
 from pretrain.initial_values import check_ranks, check_same_start, check_start
 from pretrain.processes import is_first_process, together
+from pretrain.progress import saved_progress
 from pretrain.tokenizer import Tokenizer
+
+
+class _Counters(BaseModel):
+    """`OptimizerState.counters`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    adam_step: float
+    loss_scaler: dict[str, bool | int | float | None] = {}
+
+
+class _Settings(BaseModel):
+    """Those sections of the saved run's settings that a resume compares with the present ones."""
+
+    model_config = ConfigDict(strict=True)
+
+    run: dict[str, JsonValue]
+    data: dict[str, JsonValue]
+    model: dict[str, JsonValue]
+    rank: dict[str, JsonValue]
+    train: dict[str, JsonValue]
+    checkpoint: dict[str, JsonValue]
+
+
+class _State(BaseModel):
+    """What `Trainer` writes beside the model's facts (`pretrain/consolidated.py`), which are checked by themselves."""
+
+    model_config = ConfigDict(strict=True)
+
+    optimizer: _Counters
+    corpus: str
+    config: _Settings
+
 
 
 def open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
@@ -43,6 +80,12 @@ def _verified(folder: Path) -> CheckpointReader:
     """The checkpoint, with this process's share of its files read and compared with their checksums."""
     reader = CheckpointReader(folder)
     reader.verify(dist.get_rank(), dist.get_world_size())
+    facts_of(reader)
+    try:
+        _State.model_validate(reader.state)
+        saved_progress(reader.state)
+    except ValidationError as error:
+        raise CheckpointError(f"the state in {folder} is wrong at {first_validation_error(error)}") from error
     return reader
 
 
@@ -57,7 +100,7 @@ def check_origin(reader: CheckpointReader | None, config: RunConfig, tokenizer: 
 
 def progress_of(reader: CheckpointReader | None) -> tuple[int, int]:
     """Steps taken and sequences consumed when the run begins."""
-    return (0, 0) if reader is None else (reader.step, int(reader.state["train"]["consumed_samples"]))
+    return (0, 0) if reader is None else (reader.step, saved_progress(reader.state).consumed_samples)
 
 
 def check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpus: Corpus) -> None:

@@ -75,24 +75,24 @@ class Saver:
         resources = ExitStack()
         try:
             write, fragments = begin(resources)
-            if self.beside and not final:
-                self._pending = _Pending(write, fragments, resources)
-                self._stall_seconds = time.perf_counter() - start
-                return
-            write.write(fragments)
-            written_seconds = time.perf_counter() - start
-            self.newest = write.commit()
         except CheckpointError as error:
             resources.close()
             self._count_failure(error, step, final)
             return
-        resources.close()
-        self._succeeded(step, time.perf_counter() - start, written_seconds)
+        if self.beside and not final:
+            self._pending = _Pending(write, fragments, resources)
+            self._stall_seconds = time.perf_counter() - start
+            return
+        with resources:
+            write.write(fragments)
+            written_seconds = time.perf_counter() - start
+            if self._commit(write, final):
+                self._succeeded(step, time.perf_counter() - start, written_seconds)
 
     def commit_if_written(self, written: bool) -> None:
         """Commits what is on its way, when every process has `written` its part."""
         if self._pending is not None and written:
-            self._commit()
+            self._commit_pending()
 
     def finish(self) -> None:
         """Waits for what is on its way, and commits it."""
@@ -103,20 +103,30 @@ class Saver:
             self._pending.thread.join(1.0)
             reach("save.waiting")
         self._stall_seconds += time.perf_counter() - start
-        self._commit()
+        self._commit_pending()
 
-    def _commit(self) -> None:
+    def _commit_pending(self) -> None:
         pending, start = self._pending, time.perf_counter()
         assert pending is not None
         self._pending = None
-        step = pending.write.content.step
         with pending.resources:
-            try:
-                self.newest = pending.write.commit()
-            except CheckpointError as error:
-                self._count_failure(error, step, final=False)
-                return
-        self._succeeded(step, self._stall_seconds + time.perf_counter() - start, pending.written_seconds)
+            committed = self._commit(pending.write, final=False)
+        if committed:
+            stall_seconds = self._stall_seconds + time.perf_counter() - start
+            self._succeeded(pending.write.content.step, stall_seconds, pending.written_seconds)
+
+    def _commit(self, write: CheckpointWrite, final: bool) -> bool:
+        """Whether there is a new checkpoint; what fails once it is there is reported and is no failed save."""
+        step = write.content.step
+        try:
+            write.commit()
+        except CheckpointError as error:
+            if not write.committed:
+                self._count_failure(error, step, final)
+                return False
+            self.report("save_untidy", step, error=str(error))
+        self.newest = write.content.target
+        return True
 
     def _succeeded(self, step: int, stall_seconds: float, write_seconds: float) -> None:
         self._failed_in_a_row = 0

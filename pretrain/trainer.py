@@ -37,7 +37,7 @@ from pretrain.monitor import StepMetrics
 from pretrain.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.partitioned import drop_gathered, held, hold
 from pretrain.processes import together
-from pretrain.progress import TrainState
+from pretrain.progress import TrainState, saved_progress
 from pretrain.rank_control import Answer, RankControl
 from pretrain.replicas import check_replicas
 from pretrain.retention import Retention
@@ -306,8 +306,7 @@ class Trainer:
         drop_gathered(p for p in self.model.parameters() if not p.requires_grad)
         adapter.finish_loading()
         adapter.load_counters(reader.state["optimizer"])
-        growth = [GrowthRecord(**record) for record in reader.state["growth"]]
-        self.state = TrainState(**reader.state["train"], growth=growth)
+        self.state = saved_progress(reader.state)
 
 
 def _poisoned(loss: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 
 from pretrain.checkpoint_format import KEYS
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
+from pretrain.processes import free_port
 from tests.training_runs import curve
 
 _forkserver = multiprocessing.get_context("forkserver")
@@ -53,7 +53,7 @@ class Started:
         self.outputs, self.began = outputs, time.monotonic()
         outputs.mkdir(parents=True, exist_ok=True)
         arguments = ["--config", str(config), *overrides]
-        port = str(_free_port())
+        port = str(free_port())
         self.processes = []
         for number in range(processes):
             environment = {
@@ -147,12 +147,6 @@ def _work(arguments: Sequence[str], environment: Mapping[str, str], output: str)
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

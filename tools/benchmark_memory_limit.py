@@ -6,10 +6,10 @@ model's dense form would break.
         model.sequence_length=64 train.micro_batch=1 train.global_batch=2 rank.policy=fixed rank.events=[] \\
         rank.initial=16 --json limited.json
 
-Every row is a command of its own in a control group of Linux that holds `--limit` bytes, swap none; a command that needs
-more is killed, and the benchmark says so. Files that the kernel keeps in memory count, and are given up where room is
-wanted; `peak_bytes` is what is no file: the most at one time, of all processes of the command together, launcher and
-libraries included. `above_bytes` of saves is their peak above what stood when they began. Needs root.
+Every row is a command of its own in a control group of Linux that holds `--limit` bytes, swap none; a command that
+needs more is killed, and the benchmark says so. Files that the kernel keeps in memory count, and are given up where
+room is wanted; `peak_bytes` is what is no file: the most at one time, of all processes of the command together,
+launcher and libraries included. `above_bytes` of saves is their peak above what stood when they began. Needs root.
 """
 
 import argparse
@@ -150,8 +150,8 @@ def main() -> None:
     dense_bytes = FP32_BYTES * total_parameters(model.model_copy(update={"parametrization": "dense"}), {})
     if dense_bytes <= arguments.limit:
         raise ConfigError(
-            f"the dense form has {dense_bytes / 1e9:.2f} GB and fits into --limit {arguments.limit / 1e9:.2f} GB, which "
-            "shows nothing: give a larger model or a lower limit"
+            f"the dense form has {dense_bytes / 1e9:.2f} GB and fits into --limit {arguments.limit / 1e9:.2f} GB, "
+            "which shows nothing: give a larger model or a lower limit"
         )
     found = []
     for row in rows(arguments):

@@ -1,6 +1,7 @@
 """Disks that fill up and files that are damaged: what is committed stays, and what is damaged is passed over."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,33 @@ def test_the_pointer_is_never_trusted(config: Path, undisturbed: Path, pointer: 
         latest.write_text(pointer)
     assert train(config).codes == [0, 0]
     assert_same_end(run, undisturbed)
+
+
+def test_what_fails_after_the_commit_is_no_failed_save(config: Path, undisturbed: Path) -> None:
+    run = config.parent / "run"
+    ended = train(config, "checkpoint.failures=1", faults="full@save.renamed:0:6,full@save.pointer:0:12")
+    assert ended.codes == [0, 0]
+    untidy = events_of(run, "save_untidy")
+    assert [event["step"] for event in untidy] == [6, 12]
+    assert "the checkpoint of step 6 is saved, but what follows failed" in untidy[0]["error"]
+    assert steps_of(run) == [3, 6, 9, 12]
+    assert_same_end(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_resuming_twice_from_one_checkpoint_gives_the_same(config: Path, undisturbed: Path) -> None:
+    run, copy = config.parent / "run", config.parent / "copy"
+    train(config, faults="kill@step.forward:1:8")
+    shutil.copytree(run, copy)
+    before = _content(run / "checkpoints" / "step_000000006")
+    for folder in (run, copy):
+        assert train(config, f"run.folder={folder}").codes == [0, 0]
+        assert _content(folder / "checkpoints" / "step_000000006") == before
+        assert_same_end(folder, undisturbed)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow

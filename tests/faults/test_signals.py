@@ -99,3 +99,18 @@ def test_nobody_waits_for_a_process_that_has_left(config: Path, action: str) -> 
     assert ended.seconds < 60.0
     if action == "raise":
         assert "RuntimeError: a fault on purpose" in ended.stderr[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["step.forward", "event.stashed"])
+def test_a_process_that_is_out_of_step_ends_the_run(config: Path, undisturbed: Path, place: str) -> None:
+    """It takes part in one collective more than the others."""
+    step = {"step.forward": 7, "event.stashed": 8}[place]
+    hang = (f"guard.hang_seconds={HANG_SECONDS}",)
+    ended = Started(config, hang, 2, f"collective@{place}:1:{step}", config.parent / "o").end(60.0)
+    assert ended.codes == [5, 5]
+    (sentence,) = ended.said
+    assert "process 1 on " in sentence
+    assert f"hangs at {place} of step {step}, behind the others; process 0 has been at " in sentence
+    assert train(config).codes == [0, 0]
+    assert_same_end(config.parent / "run", undisturbed)

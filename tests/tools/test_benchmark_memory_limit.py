@@ -11,10 +11,11 @@ from pretrain.errors import ConfigError
 from tests.training_runs import make_corpus
 from tools import benchmark_memory_limit
 
-LARGE = (
-    "model.hidden=2048 model.layers=24 model.heads=16 model.query_groups=16 model.sequence_length=64 "
-    "train.micro_batch=1 train.global_batch=2 rank.policy=fixed rank.events=[] rank.initial=16 data.split=80,20,0"
-).split()
+LARGE = [
+    *("model.hidden=2048", "model.layers=24", "model.heads=16", "model.query_groups=16", "model.sequence_length=64"),
+    *("train.micro_batch=1", "train.global_batch=2", "data.split=80,20,0"),
+    *("rank.policy=fixed", "rank.events=[]", "rank.initial=16"),
+]
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, folder: Path, limit: str, *overrides: str) -> None:
