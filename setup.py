@@ -12,7 +12,7 @@ setup(
     packages=find_packages(
         include=["configs", "launch", "model", "model.*", "pretrain", "pretrain.*", "tools", "tools.*"]
     ),
-    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "launch": ["*.sh"]},
+    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "launch": ["*.sh", "*.sbatch", "*.yaml"]},
     install_requires=[
         "accelerate>=1.10",
         "deepspeed>=0.19.8,<0.20",

@@ -28,6 +28,7 @@ from types import FrameType
 
 import psutil
 
+from launch.hosts import most_that_divide, read_hosts, silences, write_hosts
 from pretrain.checkpoint_reader import step_folders
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
@@ -38,8 +39,8 @@ LONGEST_WAIT_SECONDS = 300.0
 LONGEST_SAVE_SECONDS = 600.0
 """Of processes that the launcher has left behind."""
 POLL_SECONDS = 0.5
-SSH_SECONDS = 5
-HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]*)\s+slots=([1-9][0-9]*)\s*(?:#.*)?")
+FIRST_WAIT_SECONDS = 5.0
+"""For a first host that answers."""
 
 WORDS = re.compile(r"(?:\[rank\d+\]: *)?((?:error|[\w.]*Error): .*)")
 """What a process says of its end; torch puts its number in front of tracebacks."""
@@ -164,61 +165,40 @@ def newest_step(checkpoints: Path) -> int:
     return int(re.sub(r"\D", "", found[0].name)) if found else 0
 
 
+def hostfile_of(command: Sequence[str]) -> tuple[int, Path] | None:
+    """Where a command names its hostfile, and which; in all spellings that `deepspeed` takes."""
+    for place, word in enumerate(command):
+        option, equals, value = word.partition("=")
+        if option in ("--hostfile", "-H"):
+            return (place, Path(value)) if equals else (place + 1, Path(command[place + 1]))
+    return None
+
+
 def with_hosts_that_answer(command: Sequence[str], config: RunConfig, folder: Path) -> list[str]:
-    """The command, its hostfile replaced where hosts do not answer."""
-    place = next((number for number, word in enumerate(command) if word in ("--hostfile", "-H")), None)
-    if place is None:
+    """The command, its hostfile replaced where hosts do not answer. While none does, it waits: that is a fault of the
+    network, or of this node."""
+    found = hostfile_of(command)
+    if found is None:
         return list(command)
-    hosts = read_hosts(Path(command[place + 1]))
-    answering = [(host, slots) for host, slots in hosts if answers(host)]
-    if len(answering) == len(hosts):
+    place, hostfile = found
+    hosts, wait = read_hosts(hostfile), FIRST_WAIT_SECONDS
+    while len(silent := silences(hosts)) == len(hosts):
+        print(f"[supervise] no host answers ({silent[hosts[0]]}); asking again in {wait:g} s", flush=True)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+    if not silent:
         return list(command)
-    gone = ", ".join(host for host, _ in hosts if (host, _) not in answering)
-    kept = most_that_divide(answering, config)
-    print(f"[supervise] {gone} does not answer; going on with {', '.join(host for host, _ in kept)}", flush=True)
+    kept = most_that_divide([host for host in hosts if host not in silent], config)
+    names = [", ".join(host.name for host in some) for some in (silent, kept)]
+    print(f"[supervise] {names[0]} does not answer; going on with {names[1]}", flush=True)
     file = folder / "hosts"
-    file.write_text("".join(f"{host} slots={slots}\n" for host, slots in kept), encoding="utf-8")
-    return [*command[: place + 1], str(file), *command[place + 2 :]]
-
-
-def read_hosts(path: Path) -> list[tuple[str, int]]:
-    """Names and slots of a hostfile."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): give another --hostfile") from error
-    hosts = []
-    for line in lines:
-        if not line or line.startswith("#"):
-            continue
-        match = HOST.fullmatch(line)
-        if match is None:
-            raise ConfigError(f"{path}: {line!r} is not `host slots=NUMBER`")
-        hosts.append((match[1], int(match[2])))
-    if not hosts:
-        raise ConfigError(f"{path} names no host: list them as `host slots=NUMBER`")
-    return hosts
-
-
-def answers(host: str) -> bool:
-    if host in ("localhost", "127.0.0.1"):
-        return True
-    ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", "--", host, "true"]
-    return subprocess.run(ssh, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
-
-
-def most_that_divide(hosts: Sequence[tuple[str, int]], config: RunConfig) -> Sequence[tuple[str, int]]:
-    """The most of the first hosts over which the run divides; ConfigError if there are none."""
-    for count in range(len(hosts), 0, -1):
-        try:
-            config.layout(sum(slots for _, slots in hosts[:count]))
-        except ConfigError:
-            continue
-        return hosts[:count]
-    raise ConfigError(
-        f"{len(hosts)} hosts answer, and the run divides over none of their numbers: change train.global_batch, or "
-        "bring the others back"
-    )
+    write_hosts(file, kept)
+    option = "--hostfile=" if "=" in command[place] else ""
+    gone = {host.name for host in silent}
+    words = [
+        kept[0].name if word in gone and command[n - 1] == "--master_addr" else word for n, word in enumerate(command)
+    ]
+    return [*words[:place], f"{option}{file}", *words[place + 1 :]]
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""What one node says of itself before a run: what must be the same everywhere, and what must suffice.
+
+The package must be importable with nothing but what the trainer needs; a node where it is not says so in its own words.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from model.arithmetic import total_parameters, trained_parameters
+from pretrain.checkpoint_format import FP32_BYTES, KEYS
+from pretrain.config import RunConfig, dump_config
+from pretrain.rank_outlook import moments
+from pretrain.run_folder import git_revision, installed_versions
+
+CORPUS_SUFFIXES = (".idx", ".bin")
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node's answers."""
+
+    host: str
+    slots: int
+    error: str = ""
+    """The settings cannot be read there; the rest is missing then."""
+    python: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    revision: str = ""
+    config: str = ""
+    """Short for the resolved settings."""
+    gpus: list[tuple[str, int]] = field(default_factory=list)
+    """Name and bytes of memory, in the order in which processes take them."""
+    visible: str = ""
+    """`CUDA_VISIBLE_DEVICES`; empty: all."""
+    cores: int = 0
+    memory_bytes: int = 0
+    free_bytes: int = 0
+    """Where checkpoints go."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Sizes of corpus and tokenizer, by setting; `missing`."""
+    sees_folder: bool = False
+    """Finds what the first node has put where run.folder will be."""
+    clock_seconds: float = 0.0
+    """Ahead of the first node's clock."""
+
+
+def gather(config: RunConfig, slots: int, *, token: Path, clock_seconds: float) -> NodeFacts:
+    """The facts of this node; `token` lies on the first node's run.folder."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    properties = [torch.cuda.get_device_properties(device) for device in devices]
+    return NodeFacts(
+        host=socket.gethostname(),
+        slots=slots,
+        python=platform.python_version(),
+        versions=installed_versions(),
+        revision=git_revision(),
+        config=hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],
+        gpus=[(one.name, one.total_memory) for one in properties],
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        cores=len(psutil.Process().cpu_affinity()),
+        memory_bytes=psutil.virtual_memory().total,
+        free_bytes=shutil.disk_usage(nearest_folder(Path(config.run.folder))).free,
+        files=_files(config),
+        sees_folder=token.exists(),
+        clock_seconds=clock_seconds,
+    )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def checkpoints_bytes(config: RunConfig) -> int:
+    """The most that retained checkpoints take, with the one that is being written. The vocabulary must be known."""
+    ahead = moments(config)
+    ahead = ahead[:-1] or ahead  # the last one is the dense model, for comparison
+    numbers = max(
+        total_parameters(one.model, one.ranks) + (len(KEYS) - 1) * trained_parameters(one.model, one.ranks)
+        for one in ahead
+    )
+    return FP32_BYTES * numbers * (config.checkpoint.keep + 1)
+
+
+def _files(config: RunConfig) -> dict[str, str]:
+    paths = {f"data.prefix ({suffix})": Path(config.data.prefix + suffix) for suffix in CORPUS_SUFFIXES}
+    paths["data.tokenizer"] = Path(config.data.tokenizer)
+    return {name: f"{path.stat().st_size:,} bytes" if path.is_file() else "missing" for name, path in paths.items()}
