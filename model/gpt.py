@@ -295,5 +295,7 @@ def _mark_megatron_shards(model: EspalierModel, config: ModelConfig) -> None:
 def _initialize(model: EspalierModel, config: ModelConfig, seed: int) -> None:
     layouts = tensor_layouts(model)
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # shapes alone are wanted
+            continue
         full = initial_tensor(config, name, layouts[name].full_shape, seed)
         parameter.copy_(layouts[name].shard(full, tensor_index(), tensor_size()))

@@ -32,7 +32,7 @@ def initialize_process_groups(tensor_parallel: int) -> None:
     if processes % tensor_parallel:
         raise ValueError(f"{processes} processes do not divide into tensor-parallel groups of {tensor_parallel}")
     _answer_cpu_as_current_device()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(tensor_parallel, create_gloo_process_groups=False)
 
 
 @contextmanager

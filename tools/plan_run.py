@@ -242,6 +242,12 @@ def _surroundings(arguments: argparse.Namespace, precision: str) -> tuple[Machin
     return machine, assumed
 
 
+def surroundings(config: RunConfig, nodes: int, gpus_per_node: int) -> tuple[Machine, Assumptions]:
+    """The machine and what is assumed of it, where no option says otherwise."""
+    options = ["--config", "", "--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node)]
+    return _surroundings(_parser().parse_args(options), config.train.precision)
+
+
 def main() -> None:
     arguments = _parser().parse_intermixed_args()
     config = with_known_vocabulary(load_config(arguments.config, arguments.overrides))
