@@ -7,8 +7,6 @@ Training never ends because it could not be shown: a writer that fails with an O
 once and left alone, and this is the one place where an OSError is caught. A failed checkpoint is another matter.
 """
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,33 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from model.config import factored_projections, projections
 from pretrain import figures
+from pretrain.board import Board
 from pretrain.config import RunConfig
+from pretrain.console import Console
 from pretrain.devices import memory_scalars, peak_flops
 from pretrain.run_folder import JsonLines, json_text, replace_text
 from pretrain.spectrum_report import (
-    TRACKING_CHARTS,
     Measurement,
     effective_ranks_of_updates,
+    rounded,
     spectrum_scalars,
     tracking_record,
     tracking_scalars,
 )
-from pretrain.summary import dense_flops_ratio, perplexity, summary_text
+from pretrain.spending import Spending
+from pretrain.summary import dense_flops_ratio, perplexity, rank_history, summary_text
 
-CHARTS = {
-    "Espalier": {
-        "loss": ["Multiline", ["train/lm_loss", "validation/lm_loss"]],
-        "mean rank": ["Multiline", ["rank/mean"]],
-        "rank by layer and projection": ["Multiline", ["rank/layer_.*"]],
-        "throughput": ["Multiline", ["throughput/tokens_per_second"]],
-    }
-}
+SPECTRA_FILE = "spectra.json"
+"""The newest singular values of the factored layers."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +77,20 @@ class Monitor:
     ) -> None:
         self._folder, self._config, self._ranks = folder, config, dict(ranks)
         self._active, self._processes = active, processes
-        self._first_step, self._began = resumed_step, time.monotonic()
+        self._console = Console(config.train.steps, resumed_step, silent=not active)
         self._layers = factored_projections(config.model)
         self._labels = {layer.name: layer.label for layer in projections(config.model)}
-        self.rank_history = _rank_history(ranks, growth)
+        self.rank_history = rank_history(ranks, growth)
         self._since_logged: list[StepMetrics] = []
-        self._bar: tqdm | None = None
         self._warned = False
-        self._writer: SummaryWriter | None = None
+        self._board: Board | None = None
+        self._spending = Spending(config.model, ranks)
+        self._lm_loss: float | None = None
         self._metrics, self._events = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "events.jsonl")
         self._tracking = JsonLines(folder / "tracking.jsonl")
         self._tracked: list[tuple[int, dict[str, float]]] = []
         if not active:
             return
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=config.train.steps, initial=resumed_step, unit="step", dynamic_ncols=True)
         self._attempt(lambda: self._open(resumed_step))
         self._show_ranks(resumed_step)
 
@@ -108,15 +100,18 @@ class Monitor:
         self._events.cut(None)
         self._tracking.cut(resumed_step)
         self._tracked = [(line["step"], effective_ranks_of_updates(line)) for line in self._tracking.read()]
-        purge_step = resumed_step + 1 if resumed_step else 0
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
-        self._writer.add_custom_scalars(CHARTS | (TRACKING_CHARTS if self._config.rank.track else {}))
+        logged = self._metrics.read()
+        if logged and "training_flops" in logged[-1]:  # lines of earlier versions have none
+            self._spending.take_up(logged[-1], resumed_step)
+        self._board = Board(self._folder / "tensorboard", self._config, resumed_step, self._spending)
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:
         """A step; the first, the last and every train.log_every-th are shown, with the pace since the one before."""
         if not self._active:
             return
         self._since_logged.append(metrics)
+        self._spending.step(metrics.global_batch, metrics.step_seconds)
+        self._lm_loss = metrics.lm_loss
         if step != 1 and step % self._config.train.log_every and step != self._config.train.steps:
             return
         seconds = sum(one.step_seconds for one in self._since_logged)
@@ -125,7 +120,7 @@ class Monitor:
         step_seconds = seconds / len(self._since_logged)
         self._since_logged.clear()
         pace = {"step_seconds": step_seconds, "tokens_per_second": tokens_per_second, "mean_rank": self._mean_rank()}
-        record = {"step": step, **asdict(metrics), **pace}
+        record = {"step": step, **asdict(metrics), **pace, **self._spending.record()}
         self._attempt(lambda: self._metrics.append(record))
         scalars: dict[str, float] = {
             "train/lm_loss": metrics.lm_loss,
@@ -140,6 +135,7 @@ class Monitor:
             scalars["train/loss_scale"] = metrics.loss_scale
         scalars |= self._throughput(tokens_per_second) | self._rank_scalars() | memory_scalars()
         self._scalars(step, scalars)
+        self._to_board(lambda board: board.loss("train/lm_loss", metrics.lm_loss, self._spending))
         self._progress(step, metrics, tokens_per_second)
 
     def validation(
@@ -154,6 +150,7 @@ class Monitor:
         if accuracy is not None:
             scalars["validation/accuracy"] = accuracy
         self._scalars(step, scalars)
+        self._to_board(lambda board: board.loss("validation/lm_loss", lm_loss, self._spending))
         facts = {name.partition("/")[2]: value for name, value in scalars.items()}
         self.event("validation", step, **facts)
 
@@ -161,6 +158,7 @@ class Monitor:
         """A policy was asked: how long that took, without any growth, and the FLOPs of what it was told."""
         if not self._active:
             return
+        self._spending.seconds += seconds
         self._record("decision", step, {"seconds": seconds, "flops": flops})
         self._scalars(step, {"time/decision_seconds": seconds})
 
@@ -169,10 +167,12 @@ class Monitor:
         if not self._active:
             return
         self._ranks |= after
+        self._spending.seconds += seconds
+        self._spending.set_ranks(self._ranks)
         self.rank_history.append((step, dict(self._ranks)))
         facts = {"layers": len(after), "mean_rank": self._mean_rank(), "seconds": seconds}
         self._record("augmentation", step, {**facts, "before": dict(before), "after": dict(after)})
-        self._say("augmentation", step, facts)
+        self._console.event("augmentation", step, facts)
         self._scalars(step, {"time/augmentation_seconds": seconds})
         self._show_ranks(step)
 
@@ -186,7 +186,12 @@ class Monitor:
             for kind, value in spectrum_scalars(values).items():
                 scalars[f"spectrum/{self._labels[name]}/{kind}"] = value
         self._scalars(step, scalars)
+        self._attempt(lambda: self._keep_spectra(step, spectra))
         self._figure(step, "spectrum/singular_values", lambda: figures.spectrum_curves(spectra, self._layers))
+
+    def _keep_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
+        values = {self._labels[name]: rounded(spectrum) for name, spectrum in spectra.items()}
+        replace_text(self._folder / SPECTRA_FILE, json_text({"step": step, "singular_values": values}) + "\n")
 
     def tracking(self, step: int, measurement: Measurement) -> None:
         """Spectra of updates, gradients and representations: `rank.track`."""
@@ -210,21 +215,20 @@ class Monitor:
         if not self._active:
             return
         self._record(kind, step, facts)
-        self._say(kind, step, facts)
+        self._console.event(kind, step, facts)
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         """Shows and keeps what `pretrain.summary.summarize` found."""
         if not self._active:
             return
         self._attempt(lambda: replace_text(self._folder / "summary.json", json_text(dict(facts), indent=2) + "\n"))
-        self._print(summary_text(facts, self._folder))
+        self._console.print(summary_text(facts, self._folder))
 
     def close(self) -> None:
         """Ends the progress line and writes out what is buffered."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._writer is not None:
-            self._attempt(self._writer.close)
+        self._console.close()
+        if self._board is not None:
+            self._attempt(self._board.close)
 
     def _attempt(self, write: Callable[[], None]) -> bool:
         """Runs a write; a full disk is worth one warning, not the run."""
@@ -232,27 +236,23 @@ class Monitor:
             write()
         except OSError as error:
             if not self._warned:
-                self._print(
+                self._console.print(
                     f"warning: {self._folder} cannot be written ({error}); training goes on, its records are incomplete"
                 )
                 self._warned = True
             return False
         return True
 
-    def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
-        writer = self._writer
-        if writer is not None and not self._attempt(lambda: write(writer)):
-            self._writer = None  # its background thread is gone: it raises the same error for ever
+    def _to_board(self, write: Callable[[Board], None]) -> None:
+        board = self._board
+        if board is not None and not self._attempt(lambda: write(board)):
+            self._board = None  # its background thread is gone: it raises the same error for ever
 
     def _scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        def write(writer: SummaryWriter) -> None:
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, step)
-
-        self._to_tensorboard(write)
+        self._to_board(lambda board: board.scalars(step, scalars))
 
     def _figure(self, step: int, tag: str, draw: Callable[[], Any]) -> None:
-        self._to_tensorboard(lambda writer: writer.add_figure(tag, draw(), step))
+        self._to_board(lambda board: board.figure(step, tag, draw()))
 
     def _show_ranks(self, step: int) -> None:
         if not self._ranks:
@@ -295,41 +295,9 @@ class Monitor:
             "tokens/s": f"{tokens_per_second:,.0f}",
             "rank": "dense" if rank is None else f"{rank:.1f}",
         }
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        pace = (time.monotonic() - self._began) / max(step - self._first_step, 1)
-        left = int(pace * (self._config.train.steps - step))
-        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        facts = "  ".join(f"{name} {value}" for name, value in shown.items())
-        self._print(f"step {step}/{self._config.train.steps}  {facts}  left {clock}")
+        self._console.progress(step, shown)
 
     def _record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._attempt(lambda: self._events.append({"time": moment, "step": step, "event": kind, **facts}))
-
-    def _say(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        shown = "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
-        )
-        self._print(f"[{kind}] step {step}  {shown}".rstrip())
-
-    def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, flush=True)
-
-
-def _rank_history(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
-    """The steps at which ranks changed and the ranks from there on, walked back from the present ones."""
-    if not ranks:
-        return []
-    current = dict(ranks)
-    history = []
-    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
-        history.append((event["step"], dict(current)))
-        current |= event["before"]
-    history.append((0, current))
-    return history[::-1]
+        self._to_board(lambda board: board.event(step, kind, facts, self._lm_loss))

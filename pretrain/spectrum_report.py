@@ -70,8 +70,13 @@ def _described(singular_values: np.ndarray) -> dict[str, Any]:
         **spectrum_scalars(singular_values),
         "energy_rank_90": energy_rank(singular_values, 0.90),
         "energy_rank_99": energy_rank(singular_values, 0.99),
-        "singular_values": [float(f"{value:.{_DIGITS}g}") for value in singular_values],
+        "singular_values": rounded(singular_values),
     }
+
+
+def rounded(singular_values: np.ndarray) -> list[float]:
+    """For files."""
+    return [float(f"{value:.{_DIGITS}g}") for value in singular_values]
 
 
 def tracking_scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -96,6 +96,19 @@ def _mean_ranks_after(ranks: Mapping[str, int], growth: Sequence[Mapping[str, An
     return means[::-1]
 
 
+def rank_history(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
+    """The steps at which ranks changed and the ranks from there on, walked back from the present ones."""
+    if not ranks:
+        return []
+    current = dict(ranks)
+    history = []
+    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
+        history.append((event["step"], dict(current)))
+        current |= event["before"]
+    history.append((0, current))
+    return history[::-1]
+
+
 def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
     """The facts for a reader at the end of a run, with the commands that follow."""
     validation = facts["validation_loss"]
@@ -119,6 +132,7 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
         lines += [
             f"checkpoint {facts['checkpoint']}",
             f"curves, ranks, spectra:  tensorboard --logdir {shlex.quote(str(folder))}",
+            f"the same in one file:    python tools/report.py --run {shlex.quote(str(folder))}",
             *_export_commands(folder, causal=facts["objective"] == "causal"),
         ]
     return "\n".join(lines)

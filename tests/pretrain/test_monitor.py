@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from model.arithmetic import training_flops_per_token
 from pretrain.config import parse_config
 from pretrain.devices import peak_flops
 from pretrain.monitor import Monitor, StepMetrics, spectrum_scalars
@@ -50,8 +51,12 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def tensorboard(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+def flops(ranks: Mapping[str, int]) -> int:
+    return training_flops_per_token(CONFIG.model, ranks)
+
+
+def tensorboard(folder: Path, name: str = "tensorboard") -> EventAccumulator:
+    events = EventAccumulator(str(folder / name), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     events.Reload()
     return events
 
@@ -82,6 +87,8 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
         "loss_scale": 1024.0,
         "tokens_per_second": 256.0,
         "mean_rank": 9.0,
+        "training_flops": 40 * 32 * (flops(RANKS) + flops({**RANKS, FIRST: 16})),
+        "training_seconds": 20 * 0.5 + 0.25,
     }
 
     events = tensorboard(tmp_path)
@@ -96,6 +103,15 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
     }  # fmt: skip
     assert "throughput/mfu" not in scalars  # no device that we know, and fp32
     assert set(events.Tags()["images"]) == {"rank/map", "spectrum/singular_values"}
+    assert {"event/checkpoint/text_summary", "event/augmentation/text_summary"} <= set(events.Tags()["tensors"])
+    assert [(event.step, event.value) for event in events.Scalars("event/augmentation")] == [(10, 2.0)]
+    assert "event/validation" not in scalars  # a curve of its own
+    spent = tensorboard(tmp_path / "tensorboard", "by_seconds")
+    assert [event.step for event in spent.Scalars("by_seconds/train/lm_loss")] == [0, 2, 5, 8, 10]
+    assert [event.step for event in spent.Scalars("by_seconds/validation/lm_loss")] == [5]
+    spent = tensorboard(tmp_path / "tensorboard", "by_gflops")
+    assert spent.Scalars("by_gflops/train/lm_loss")[-1].step == lines[-1]["training_flops"] // 10**9
+    assert json.loads((tmp_path / "spectra.json").read_text())["singular_values"]["layer_00/qkv"] == [2.0, 1.0, 1.0]
     ranks = [(event.step, event.value) for event in events.Scalars("rank/layer_00/qkv")]
     before = [(0, 8.0), (1, 8.0), (5, 8.0), (10, 8.0)]
     assert ranks == [*before, (10, 16.0), (15, 16.0), (20, 16.0)]  # at every logged step: a staircase, no ramp
@@ -132,6 +148,10 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
         (1, 2.0), (5, 2.0), (10, 2.0), (15, 1.0), (20, 1.0),
     ]  # fmt: skip
     assert events.Scalars("time/augmentation_seconds") == []  # that of step 13 was undone
+    assert lines[-1]["training_flops"] == 80 * 32 * flops(RANKS)
+    assert lines[-1]["training_seconds"] == 10.0
+    spent = tensorboard(tmp_path / "tensorboard", "by_seconds")
+    assert [event.step for event in spent.Scalars("by_seconds/train/lm_loss")] == [0, 2, 5, 8, 10]
     assert [event["event"] for event in read_lines(tmp_path / "events.jsonl")] == ["augmentation", "resume"]
 
 
