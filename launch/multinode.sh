@@ -14,5 +14,5 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=launch/environment.sh
-source "$root/launch/environment.sh"
+source "$root/launch/environment.sh" "" # or it would take this script's arguments for its own
 exec "$espalier_python" "$root/launch/multinode.py" "$@"

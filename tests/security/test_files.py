@@ -16,7 +16,7 @@ import yaml
 import zstandard
 from safetensors.torch import load_file
 
-from launch.supervise import read_hosts
+from launch.hosts import read_hosts
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import load_config
 from pretrain.config_file import parse_override
