@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -86,7 +86,7 @@ class Watchdog(threading.Thread):
         self.process, self.processes, self.host = dist.get_rank(), dist.get_world_size(), socket.gethostname()
         self.store = self._meet()
         self.ended = threading.Event()
-        self.beat = 0
+        self.pulses_left, self.served_at = 0, time.monotonic()
 
     def _meet(self) -> dist.TCPStore:
         address, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=_STORE_SECONDS)
@@ -99,21 +99,24 @@ class Watchdog(threading.Thread):
         return store or dist.TCPStore(address, int(port[0] or 0), wait_for_workers=False, timeout=timeout)
 
     def run(self) -> None:
+        # Behind a link that is down, a store answers nothing and raises nothing for a quarter of an hour.
+        threading.Thread(target=self._leave_pulses, name="pulses", daemon=True).start()
         while not self.ended.wait(self.pulse_seconds):
-            served = self._leave_pulse()
             idle = time.monotonic() - _position.since
             if idle > self.hang_seconds:
-                self._end(served, idle)
+                self._end(idle)
 
-    def _leave_pulse(self) -> bool:
-        """False when process 0 does not serve the store any more."""
-        self.beat += 1
-        pulse = Pulse(self.beat, _position.reached, _position.place, _position.step, self.host)
-        try:
-            self.store.set(str(self.process), json.dumps(asdict(pulse)))
-        except RuntimeError:  # torch's DistError family
-            return False
-        return True
+    def _leave_pulses(self) -> None:
+        while not self.ended.wait(self.pulse_seconds):
+            self.pulses_left += 1
+            pulse = Pulse(self.pulses_left, _position.reached, _position.place, _position.step, self.host)
+            with suppress(RuntimeError):  # torch's DistError family: process 0 does not serve the store any more
+                self.store.set(str(self.process), json.dumps(asdict(pulse)))
+                self.served_at = time.monotonic()
+
+    @property
+    def _served(self) -> bool:
+        return time.monotonic() - self.served_at < 3 * self.pulse_seconds
 
     def _pulses(self) -> dict[int, Pulse]:
         found = {}
@@ -122,13 +125,12 @@ class Watchdog(threading.Thread):
                 found[process] = Pulse(**json.loads(self.store.get(str(process))))
         return found
 
-    def _end(self, served: bool, idle: float) -> None:
+    def _end(self, idle: float) -> None:
         blamed, speaks = "process 0, which serves the watchdogs, does not answer", True
-        if served:
+        if self._served:
             try:
                 before = self._pulses()
                 time.sleep(3 * self.pulse_seconds)
-                self._leave_pulse()
                 now = self._pulses()
             except RuntimeError:  # process 0 has found out for itself, said so and gone
                 speaks = False

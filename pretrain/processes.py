@@ -48,6 +48,7 @@ def joined_processes() -> Iterator[int]:
     if sys.prefix != sys.base_prefix:
         # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+    _take_place_from_mpi()
     if "RANK" in os.environ:
         _end_with_the_launcher()
     else:
@@ -65,6 +66,13 @@ def joined_processes() -> Iterator[int]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _take_place_from_mpi() -> None:
+    """OpenMPI's mpirun names a process's place in its own way."""
+    for ours, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
+        if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
+            os.environ.setdefault(ours, os.environ[f"OMPI_COMM_WORLD_{theirs}"])
 
 
 def _end_with_the_launcher() -> None:

@@ -21,6 +21,8 @@ from pretrain.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
 SIGNATURE = "# Espalier run"
+LOGS_FOLDER = "logs"
+"""Of the processes of a run over several nodes."""
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
 
 
