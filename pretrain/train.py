@@ -30,7 +30,7 @@ from pretrain.objective import corpus_for, mask_token
 from pretrain.processes import check_precision, is_first_process, joined_processes, together
 from pretrain.progress import samples_of_the_run
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
-from pretrain.run_folder import refuse_foreign_folder, write_run_record
+from pretrain.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.run_lock import LOCK_FILE, locked
 from pretrain.saving import Saver
 from pretrain.summary import summarize
@@ -102,7 +102,11 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     do."""
     config.layout(processes)
     folder = Path(config.run.folder)
-    own = (config.data.prefix, config.data.tokenizer, str(_cache(config)), str(folder / LOCK_FILE))
+    own = [
+        config.data.prefix,
+        config.data.tokenizer,
+        *map(str, (_cache(config), folder / LOCK_FILE, folder / LOGS_FOLDER)),
+    ]
     together(lambda: refuse_foreign_folder(folder, own))
     tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
     if config.train.objective == "mlm":
