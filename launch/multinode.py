@@ -27,7 +27,7 @@ from launch.follower import Follower
 from launch.hosts import SSH, Host, read_hosts, silences
 from launch.preflight import TRAINING_PORT
 from pretrain.config import RunConfig, load_config
-from pretrain.errors import ConfigError, run_command
+from pretrain.errors import ConfigError, HangError, run_command
 from pretrain.run_folder import LOGS_FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,8 @@ LAUNCHERS = {"pdsh": "pdsh", "openmpi": "ompi_info"}
 KEEP_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 """Without it pdsh waits for ever for a host whose link is down."""
 _POLL_SECONDS = 0.2
+SSH_LOST = 255
+"""ssh's own exit code, which pdsh hands on because it is the largest."""
 
 
 def preflight_commands(
@@ -114,6 +116,9 @@ def run(command: Sequence[str], exports: Path, logs: Path) -> int:
     while running.poll() is None:
         time.sleep(_POLL_SECONDS)
     follower.end()
+    if running.returncode == SSH_LOST:
+        print("error: ssh lost a host of the run; the logs say what the others saw", file=sys.stderr)
+        return HangError.exit_code
     return running.returncode if running.returncode >= 0 else 128 - running.returncode
 
 
