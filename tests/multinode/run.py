@@ -1,6 +1,7 @@
 """Trains over hosts of one machine (tests/multinode/hosts.py) as over those of a cluster, and cuts one off.
 
     bash tests/multinode/run.sh            (as root; installs what is missing)
+    bash tests/multinode/run.sh --openmpi
 
 Three hosts of two processes: tensor parallel inside, data parallel across. Ranks grow, checkpoints are written; the
 third host's link goes down, and the run ends with a sentence; with the two hosts that are left it goes on. Prints what
@@ -84,6 +85,15 @@ def refusals(hosts: Sequence[Host], config: Path, folder: Path) -> None:
     server.kill()
 
 
+def over_mpi(hosts: Sequence[Host], config: Path, folder: Path) -> None:
+    """The same run on two hosts, to its end, by mpirun."""
+    interfaces = "--allow-run-as-root --mca btl_tcp_if_include wire --mca oob_tcp_if_include wire"
+    more = ["--launcher", "openmpi", f"--launcher-args={interfaces}", f"run.folder={folder / 'mpi'}"]
+    launch = Launch(hosts[0], hostfile(folder / "hosts", hosts[:2]), config, folder / "mpi.out", *more)
+    report("OpenMPI: launch to the end of the first step", launch.wait_for("step 1/"))
+    launch.ends_with(0, f"step {STEPS}/{STEPS}")
+
+
 def training(hosts: Sequence[Host], config: Path, folder: Path, run: Path) -> None:
     """From the launch on all hosts to the end on those that are left."""
     launch = Launch(hosts[0], hostfile(folder / "hosts", hosts), config, folder / "first.out")
@@ -126,6 +136,7 @@ def report(what: str, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train over hosts of one machine.")
     parser.add_argument("--hosts", type=int, default=3, help="2 or 3")
+    parser.add_argument("--openmpi", action="store_true", help="by mpirun, on two of them, and nothing is cut")
     arguments = parser.parse_args()
     print(f"{arguments.hosts} hosts of {SLOTS} processes on {socket.gethostname()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="espalier_multinode_") as name, network(arguments.hosts) as hosts:
@@ -139,8 +150,11 @@ def main() -> None:
             "guard": {"hang_seconds": HANG_SECONDS},
         }
         config = write_config(folder / "run.yaml", folder / "corpus", run, **settings)
-        refusals(hosts, config, folder)
-        training(hosts, config, folder, run)
+        if arguments.openmpi:
+            over_mpi(hosts, config, folder)
+        else:
+            refusals(hosts, config, folder)
+            training(hosts, config, folder, run)
     print("multinode: all as it should be")
 
 

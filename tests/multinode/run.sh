@@ -3,8 +3,8 @@
 #
 #   bash tests/multinode/run.sh
 #
-# Needs root; installs openssh-server, pdsh and iproute2 with apt-get where they are missing. Where that cannot be, it says
-# why it skips, and ends with 0.
+# Needs root; installs openssh-server, pdsh, openmpi-bin and iproute2 with apt-get where they are missing. Where that
+# cannot be, it says why it skips, and ends with 0.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 cd "$root"
@@ -16,7 +16,7 @@ skip() {
 
 [ "$(id -u)" = 0 ] || skip "making network namespaces takes root"
 missing=()
-for pair in ip:iproute2 sshd:openssh-server pdsh:pdsh; do
+for pair in ip:iproute2 sshd:openssh-server pdsh:pdsh ompi_info:openmpi-bin; do
     PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then
