@@ -53,7 +53,7 @@ class Board:
         self._main.add_custom_scalars(CHARTS | (TRACKING_CHARTS if config.rank.track else {}))
         metrics = ("validation/lm_loss", "train/lm_loss", "rank/mean", "rank/total_parameters")
         for summary in hparams(_hyperparameters(config), dict.fromkeys(metrics)):
-            self._main.file_writer.add_summary(summary)
+            self._main.file_writer.add_summary(summary)  # type: ignore[attr-defined]  # torch declares it as None
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for tag, value in scalars.items():

@@ -51,7 +51,6 @@ class _State(BaseModel):
     config: _Settings
 
 
-
 def open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
     """The newest whole checkpoint, the same on all processes, if it is of this architecture; None in a new run.
 

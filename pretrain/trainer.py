@@ -33,6 +33,7 @@ from pretrain.errors import agreed
 from pretrain.health import reach
 from pretrain.initial_values import initial_model
 from pretrain.layout import Layout
+from pretrain.loss_sums import LossSums, token_losses
 from pretrain.monitor import StepMetrics
 from pretrain.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.partitioned import drop_gathered, held, hold
@@ -189,23 +190,19 @@ class Trainer:
         micro_batch = self.config.train.micro_batch
         byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
         masked = self.config.train.objective == "mlm"
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = LossSums()
         self._refuse_non_finite_weights()
         with evaluating(self.engine):
             for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
                 reach("validation", self.state.step)
                 batch = self._validation_batch(micro_step)
-                mask = batch["loss_mask"].double()
                 logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
-                losses = self.model.compute_language_model_loss(batch["labels"].to(device()), logits.transpose(0, 1))
                 counted = self._right_tokens(logits, batch) if masked else byte_lengths[batch["labels"]]
-                sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), mask, counted)])
-        sums = sums.to(device())
-        dist.all_reduce(sums, group=data_group())
-        nats, tokens, counted = sums.tolist()
+                sums.add(token_losses(self.model, logits, batch["labels"]), batch["loss_mask"], counted)
+        nats, tokens, found = sums.total()
         if masked:
-            return Validation(nats / tokens, accuracy=counted / tokens)
-        return Validation(nats / tokens, bits_per_byte=nats / math.log(2) / counted)
+            return Validation(nats / tokens, accuracy=found / tokens)
+        return Validation(nats / tokens, bits_per_byte=nats / math.log(2) / found)
 
     def _right_tokens(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return self.model.likeliest_tokens(logits).cpu() == batch["labels"]

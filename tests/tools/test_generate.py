@@ -1,7 +1,12 @@
-"""`tools/generate.py` on a small export of random numbers."""
+"""`tools/generate.py` on a small model of random numbers, consolidated and exported."""
 
+import fcntl
+import os
+import pty
 import shutil
+import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,8 +72,8 @@ def test_refuses_in_a_sentence(run: Run) -> None:
         run("--prompt", "def", "--max-new-tokens", "0")
     with pytest.raises(CheckpointError, match="is no folder"):
         run("--prompt", "def", model="missing")
-    with pytest.raises(CheckpointError, match="is no dense export"):
-        run("--prompt", "def", model="merged")
+    with pytest.raises(CheckpointError, match="is neither a consolidated folder"):
+        run("--prompt", "def", model=".")
 
 
 def test_damaged_weights_are_refused_in_a_sentence(run: Run, folder: Path) -> None:
@@ -76,3 +81,45 @@ def test_damaged_weights_are_refused_in_a_sentence(run: Run, folder: Path) -> No
     (folder / "damaged" / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match=r"damaged cannot be loaded, export it again: Error while deserializing"):
         run("--prompt", "def", model="damaged")
+
+
+def test_a_consolidated_folder_says_what_its_export_says(run: Run) -> None:
+    # A few tokens: further on this random model says bytes that are no UTF-8, for which libraries show other signs.
+    flags = ("--prompt", "def main", "--max-new-tokens", "6", "--greedy")
+    assert run(*flags, model="merged") == run(*flags)
+
+
+def test_without_prompt_and_terminal_it_says_so(run: Run) -> None:
+    with pytest.raises(ConfigError, match="no terminal to ask for one"):
+        run()
+
+
+@pytest.mark.slow
+def test_a_conversation(folder: Path) -> None:
+    """In a real terminal: two prompts, one too long, Ctrl-C, Ctrl-D."""
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "tools/generate.py", "--model", str(folder / "merged"), "--max-new-tokens", "8"]
+    # A session of its own with the terminal as its own, so that Ctrl-C becomes a signal.
+    process = subprocess.Popen(
+        [*command, "--greedy"], stdin=inside, stdout=inside, stderr=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(inside)
+    heard = b""
+
+    def hear(prompts: int) -> None:
+        nonlocal heard
+        while heard.count(b"> ") < prompts:
+            heard += os.read(terminal, 4096)
+
+    try:
+        hear(1)
+        for count, keys in enumerate((b"def main\n", b"the " * 40 + b"\n", b"\x03"), start=2):
+            os.write(terminal, keys)
+            hear(count)
+        os.write(terminal, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert b"error: the prompt has" in heard

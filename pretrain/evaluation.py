@@ -1,0 +1,191 @@
+"""The loss of a finished model on a text, by sliding windows.
+
+The text is one stream: an end of document, and then each document with its end behind it. Every token but the first is
+predicted once. Windows are as long as the model's positions and begin `stride` tokens apart; a window scores what no
+window before it has scored, so that with a stride below the length each token but the first ones sees at least
+`length - stride` tokens before it:
+
+    stride = 3, length = 5      predictions  0 1 2 3 4 5 6 7 8
+    first window                             x x x x x
+    second                                         . . x x x
+    last, moved back to end with the text            . . . . x
+
+A stride of the length is what a validation of a run does, and the cheapest; a short one is the usual convention for
+published perplexities (and costs length / stride times as much).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.gpt import EspalierModel, build_model, tensor_layouts
+from model.process_groups import data_index, data_size, device, tensor_index, tensor_size
+from pretrain.checkpoint_format import TOKENIZER_NAME
+from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
+from pretrain.consolidated import FACTS_NAME, ConsolidatedModel, facts_of
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.layout import check_tensor_split
+from pretrain.logit_comparison import load_transformers
+from pretrain.loss_sums import LossSums, token_losses
+from pretrain.summary import perplexity
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""Nats of every label `(batch, seq)`, from tokens and labels of that shape."""
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model that was found in a folder, not yet in memory."""
+
+    kind: str
+    positions: int
+    """Longest sequence."""
+    tokenizer_path: Path
+    load: Callable[[], Losses]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of it."""
+
+    lm_loss: float
+    """Nats a token."""
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    """That were predicted, ends of documents included."""
+    bytes: int
+    """Of UTF-8 that they stand for; an end of document stands for none."""
+    length: int
+    stride: int
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_model(path: Path, tensor: int) -> EvaluatedModel:
+    """The model in a dense export, a consolidated folder, a run folder or a checkpoint; an error where there is none,
+    or one that `tensor` tensor-parallel processes cannot share."""
+    if (path / "config.json").is_file():
+        return _export(path, tensor)
+    if (path / FACTS_NAME).is_file():
+        consolidated = ConsolidatedModel(path)
+        read = consolidated.read
+        return _ours("consolidated", consolidated.config, consolidated.ranks, consolidated.tokenizer_path, tensor, read)
+    reader = CheckpointReader(locate_checkpoint(path))
+    facts = facts_of(reader)
+    tokenizer_path = reader.extra_file(TOKENIZER_NAME)
+    return _ours("checkpoint", facts.model, facts.ranks, tokenizer_path, tensor, reader)
+
+
+def _ours(
+    kind: str,
+    config: ModelConfig,
+    ranks: dict[str, int],
+    tokenizer_path: Path,
+    tensor: int,
+    source: CheckpointReader | Callable[[str], Tensor],
+) -> EvaluatedModel:
+    if config.bidirectional:
+        raise CheckpointError(
+            "the model was trained with train.objective=mlm and predicts no next token: give one of "
+            "train.objective=causal"
+        )
+    check_tensor_split(config, tensor)
+
+    @torch.no_grad()
+    def load() -> Losses:
+        model = build_model(config, ranks, seed=0)
+        for name, layout in tensor_layouts(model).items():
+            if isinstance(source, CheckpointReader):
+                shard = source.read_shard(name, "master", tensor_index(), tensor_size())
+            else:
+                shard = layout.shard(source(name), tensor_index(), tensor_size())
+            model.get_parameter(name).copy_(shard)
+        return _losses_of(model.to(device()).eval())
+
+    return EvaluatedModel(kind, config.sequence_length, tokenizer_path, load)
+
+
+def _losses_of(model: EspalierModel) -> Losses:
+    def losses(tokens: Tensor, labels: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=device()).expand_as(tokens)
+        return token_losses(model, model(tokens.to(device()), positions, None), labels)
+
+    return losses
+
+
+def _export(folder: Path, tensor: int) -> EvaluatedModel:
+    if tensor > 1:
+        raise ConfigError(
+            f"{folder} is a dense export, which is not split over processes, and --tensor-parallel is {tensor}: leave "
+            "it out (processes then share the text), or give the consolidated folder"
+        )
+    if not (folder / TOKENIZER_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER_NAME}, so it is no export of ours: evaluate it with lm_eval (--model hf)"
+        )
+    model = load_transformers(folder, in_memory=True)
+
+    def load() -> Losses:
+        model.to(device())
+
+        def losses(tokens: Tensor, labels: Tensor) -> Tensor:
+            logits = model(input_ids=tokens.to(device()), use_cache=False).logits.float()
+            return functional.cross_entropy(logits.transpose(1, 2), labels.to(device()), reduction="none")
+
+        return losses
+
+    settings: Any = model.config
+    return EvaluatedModel("dense export", settings.max_position_embeddings, folder / TOKENIZER_NAME, load)
+
+
+def windows(predictions: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Where each window begins, and from which of its places on it scores."""
+    length = min(length, predictions)
+    scored = 0
+    for begin in range(0, max(predictions - length, 0) + stride, stride):
+        begin = min(begin, predictions - length)
+        if scored < begin + length:
+            yield begin, scored - begin if scored else 0
+            scored = begin + length
+
+
+@torch.no_grad()
+def evaluate(
+    losses: Losses,
+    stream: np.ndarray,
+    byte_lengths: np.ndarray,
+    *,
+    length: int,
+    stride: int,
+    micro_batch: int,
+) -> Evaluation:
+    """All processes call it; each data-parallel one takes every `data_size`-th micro-batch of windows, and the sums are
+    the same but for rounding on any number of them."""
+    predictions = len(stream) - 1
+    places = list(windows(predictions, length, stride))
+    length = min(length, predictions)
+    sums, lengths = LossSums(), torch.from_numpy(byte_lengths)
+    starts = range(data_index() * micro_batch, len(places), data_size() * micro_batch)
+    for start in starts:
+        tokens, labels, mask = _batch(stream, places[start : start + micro_batch], length)
+        sums.add(losses(tokens, labels), mask, lengths[labels])
+    nats, tokens_seen, text_bytes = sums.total()
+    mean = nats / tokens_seen
+    bits = nats / math.log(2) / text_bytes if text_bytes else math.inf
+    return Evaluation(mean, perplexity(mean), bits, int(tokens_seen), int(text_bytes), length, stride)
+
+
+def _batch(stream: np.ndarray, places: Sequence[tuple[int, int]], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.from_numpy(np.stack([stream[begin : begin + length + 1] for begin, _ in places]).astype(np.int64))
+    scores_from = torch.tensor([first for _, first in places])[:, None]
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(length) >= scores_from

@@ -1,0 +1,32 @@
+"""Sums of losses over predicted tokens: what a validation of a run and an evaluation afterwards have in common."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.gpt import EspalierModel
+from model.process_groups import data_group, device
+
+
+def token_losses(model: EspalierModel, logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats of every label `(batch, seq)` from logits `(batch, seq, padded_vocabulary/tp)`."""
+    return model.compute_language_model_loss(labels.to(device()), logits.transpose(0, 1))
+
+
+class LossSums:
+    """Nats, predicted tokens, and something that is counted beside them; in fp64, on one process until `total`."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, losses: Tensor, mask: Tensor, counted: Tensor) -> None:
+        """All `(batch, seq)`; `mask` is 0 where a token does not count."""
+        mask = mask.double()
+        self._sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), mask, counted)])
+
+    def total(self) -> tuple[float, float, float]:
+        """Over all data-parallel processes: a collective."""
+        sums = self._sums.to(device())
+        dist.all_reduce(sums, group=data_group())
+        nats, tokens, counted = sums.tolist()
+        return nats, tokens, counted
