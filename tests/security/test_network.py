@@ -28,7 +28,7 @@ def listening_address(options: list[str]) -> str:
 
 @pytest.mark.parametrize(("file", "options"), COMMANDS)
 def test_tensorboard_listens_on_the_loopback_interface(file: str, options: str) -> None:
-    assert listening_address(shlex.split(options)) in ("127.0.0.1", "::1")
+    assert listening_address(shlex.split(options, comments=True)) in ("127.0.0.1", "::1")
 
 
 def test_there_are_such_commands_and_others_would_show() -> None:
