@@ -91,6 +91,8 @@ def checkpoints_bytes(config: RunConfig) -> int:
 
 
 def _files(config: RunConfig) -> dict[str, str]:
-    paths = {f"data.prefix ({suffix})": Path(config.data.prefix + suffix) for suffix in CORPUS_SUFFIXES}
+    paths = {
+        f"{prefix} ({suffix})": Path(prefix + suffix) for prefix in config.data.prefixes() for suffix in CORPUS_SUFFIXES
+    }
     paths["data.tokenizer"] = Path(config.data.tokenizer)
     return {name: f"{path.stat().st_size:,} bytes" if path.is_file() else "missing" for name, path in paths.items()}

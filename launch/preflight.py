@@ -28,7 +28,7 @@ from launch.links import SLOW_SHARE, between, within
 from launch.node_facts import NodeFacts, checkpoints_bytes, gather, nearest_folder
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 
 MOST_SKEW_SECONDS = 2.0
 TRAINING_PORT = 29500
@@ -253,7 +253,7 @@ def preflight(arguments: argparse.Namespace, console: Console) -> None:
 def _needed_bytes(config: RunConfig) -> int:
     if not Path(config.data.tokenizer).is_file():
         return 0  # said as a missing file
-    return checkpoints_bytes(config.with_vocabulary(Tokenizer(config.data.tokenizer).vocabulary))
+    return checkpoints_bytes(config.with_vocabulary(open_tokenizer(config.data.tokenizer).vocabulary))
 
 
 def _speeds(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, float]:

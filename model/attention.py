@@ -13,7 +13,7 @@ from model.dropout import DropoutCounter
 
 class ScaledDotProductAttention(nn.Module):
     """softmax(Q Kᵀ / √d) V over the heads this process holds; causal, or over the whole sequence in both directions
-    (`AttnMaskType.no_mask`)."""
+    (`AttnMaskType.no_mask`), or where a mask allows it."""
 
     def __init__(
         self,
@@ -39,28 +39,36 @@ class ScaledDotProductAttention(nn.Module):
         **_megatron: object,
     ) -> Tensor:
         """`query (seq, batch, heads/tp, size)`, `key` and `value (seq, batch, groups/tp, size)` to
-        `(seq, batch, heads/tp * size)`."""
-        if attention_mask is not None:
-            raise ValueError("attention is over whole sequences and takes no mask")
+        `(seq, batch, heads/tp * size)`.
+
+        `attention_mask (batch, 1, seq, seq)` is true where a query must not look, and then decides alone.
+        """
+        visible = None if attention_mask is None else ~attention_mask
         repeats = query.shape[2] // key.shape[2]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         if self.training and self.dropout > 0.0:
-            context = self._with_dropout(query, key, value)
+            context = self._with_dropout(query, key, value, visible)
         else:
-            context = self._attend(query, key, value, 0.0)
+            context = self._attend(query, key, value, visible, 0.0)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float) -> Tensor:
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=self.causal, scale=self.softmax_scale
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=dropout,
+            is_causal=self.causal and visible is None,
+            scale=self.softmax_scale,
         )
 
-    def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         # The kernels draw from the default generator: it is seeded for this site and put back, so that no state runs
         # on.
         devices = [query.device] if query.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.counter.site_seed(self.layer, "attention", sharded=True))
-            return self._attend(query, key, value, self.dropout)
+            return self._attend(query, key, value, visible, self.dropout)

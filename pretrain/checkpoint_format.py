@@ -5,7 +5,7 @@
         step_000001000/
             manifest.json                        everything else by name, size and checksum, and the run's state
             shard_000_00002.safetensors          the fragments of process 2, which had tensor-parallel index 0
-            tokenizer.model                      extra files, as they were given
+            tokenizer.model                      extra files, as they were given (or tokenizer.json)
 
 A parameter is split over tensor-parallel processes (`TensorLayout`), each shard is flattened, and a fragment is the
 numbers [start, start + length) of it. The fragments of one parameter, key and tensor-parallel index tile its shard:
@@ -34,7 +34,6 @@ KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
-TOKENIZER_NAME = "tokenizer.model"
 STEP_PATTERN = re.compile(r"step_([0-9]{9,12})")
 FILE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
 LARGEST_STEP = 10**12 - 1

@@ -32,6 +32,7 @@ from pretrain.checkpoint_format import (
     step_name,
 )
 from pretrain.errors import CheckpointError
+from pretrain.tokenizer import FILE_NAMES, main_file
 
 _log = logging.getLogger(__name__)
 
@@ -137,6 +138,13 @@ class CheckpointReader:
         if name not in self.extra_files:
             raise CheckpointError(f"{self.folder} holds no {name}")
         return self.folder / name
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """What is kept of the run's tokenizer, by `Tokenizer.files`'s names; the first one is to be opened."""
+        main = main_file(self.extra_files)
+        if main is None:
+            raise CheckpointError(f"{self.folder} holds no tokenizer")
+        return {name: self.folder / name for name in [main, *sorted(self.extra_files & set(FILE_NAMES) - {main})]}
 
     def close(self) -> None:
         """Lets go of the files, which may then be removed on any file system; they are opened anew where needed."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from model.config import ModelConfig, Recompute, check_recompute, factored_projections
 from pretrain.config_file import explain, find_file, merge, parse_override, read_settings
-from pretrain.corpus import DataConfig
+from pretrain.data_config import DataConfig
 from pretrain.errors import ConfigError
 from pretrain.layout import Layout, lay_out
 from pretrain.policies import RankConfig, check_rank_config, with_default_pace
@@ -194,8 +194,10 @@ class RunConfig(_Section):
         return {projection.name: self.rank.initial for projection in factored_projections(self.model)}
 
     def with_vocabulary(self, vocabulary: int) -> "RunConfig":
-        """This config with the tokenizer's vocabulary filled in; ConfigError if another size is set."""
-        if self.model.vocabulary not in (0, vocabulary):
+        """This config with the tokenizer's vocabulary filled in; ConfigError if a smaller size is set."""
+        if self.model.vocabulary >= vocabulary:
+            return self  # published models have rows to spare
+        if self.model.vocabulary:
             raise ConfigError(
                 f"model.vocabulary is {self.model.vocabulary}, and the tokenizer {self.data.tokenizer} has "
                 f"{vocabulary} tokens: leave model.vocabulary out or change data.tokenizer"

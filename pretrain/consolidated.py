@@ -3,7 +3,7 @@
     model.safetensors            fp32 logical tensors by name; or model-00001-of-00003.safetensors ... and
                                  model.safetensors.index.json, which says which file holds which tensor
     espalier.json                architecture, ranks, growth history, steps and tokens, tokenizer
-    tokenizer.model              the sentencepiece model
+    tokenizer.model              or Hugging Face's tokenizer.json and tokenizer_config.json
     training.yaml                an imported model's only: settings of a run that starts from the folder
 
 `write_consolidated` makes it from a checkpoint with one parameter in memory at a time; `ConsolidatedModel` reads it.
@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -26,7 +27,6 @@ from model.config import ModelConfig, factored_projections
 from pretrain.checkpoint_format import (
     CHUNK_BYTES,
     FP32_BYTES,
-    TOKENIZER_NAME,
     decode_json,
     first_validation_error,
     write_blocks,
@@ -35,6 +35,7 @@ from pretrain.checkpoint_format import (
 from pretrain.checkpoint_reader import CheckpointReader, open_tensors, plain_file_bytes, read_limited
 from pretrain.errors import CheckpointError
 from pretrain.new_folder import new_folder
+from pretrain.tokenizer import FILE_NAMES, MODEL_NAME, main_file
 
 FORMAT_VERSION = 1
 FACTS_NAME = "espalier.json"
@@ -136,7 +137,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{output} exists and is no consolidated model (it has no {FACTS_NAME}): give another --output"
         )
-    ours = {FACTS_NAME, TOKENIZER_NAME, WEIGHTS_NAME, INDEX_NAME, TRAINING_NAME}
+    ours = {FACTS_NAME, *FILE_NAMES, WEIGHTS_NAME, INDEX_NAME, TRAINING_NAME}
     foreign = {name for name in names - ours if not SHARD_PATTERN.fullmatch(name)}
     if foreign:
         raise CheckpointError(
@@ -177,7 +178,7 @@ def write_consolidated(
     output = Path(output)
     check_output(output, overwrite)
     facts = facts_of(reader)
-    tokenizer = reader.extra_file(TOKENIZER_NAME)
+    tokenizer = reader.tokenizer_files()
 
     def masters() -> Iterator[Tensor]:
         for name in reader.layouts:
@@ -193,12 +194,13 @@ def write_consolidated(
 def write_model(
     folder: Path,
     facts: Facts,
-    tokenizer: Path,
+    tokenizer: Mapping[str, Path],
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterator[Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """Fills the empty `folder`; `tensors` come in fp32 and in the order of `shapes`, and are taken one at a time."""
+    """Fills the empty `folder`; `tokenizer` are its files by name, `tensors` come in fp32, in the order of
+    `shapes`, and are taken one at a time."""
     files = plan_files({name: FP32_BYTES * prod(shape) for name, shape in shapes.items()}, max_shard_bytes)
     for file, names in files.items():
         write_tensors(folder / file, {name: shapes[name] for name in names}, islice(tensors, len(names)))
@@ -210,8 +212,9 @@ def write_model(
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         write_blocks(folder / INDEX_NAME, [json.dumps(index, indent=2).encode()])
-    with tokenizer.open("rb") as source:
-        write_blocks(folder / TOKENIZER_NAME, iter(lambda: source.read(CHUNK_BYTES), b""))
+    for name, path in tokenizer.items():
+        with path.open("rb") as kept:
+            write_blocks(folder / name, iter(partial(kept.read, CHUNK_BYTES), b""))
     write_blocks(folder / FACTS_NAME, [json.dumps(facts.model_dump(), indent=2, allow_nan=False).encode()])
 
 
@@ -257,8 +260,10 @@ class ConsolidatedModel:
         except ValidationError as error:
             raise CheckpointError(f"{path} is wrong at {first_validation_error(error)}") from error
         self.config, self.ranks = checked.model, checked.ranks
-        self.tokenizer_path = self.folder / TOKENIZER_NAME
-        plain_file_bytes(self.tokenizer_path)
+        held = {path.name for path in self.folder.iterdir()}
+        self.tokenizer_path = self.folder / (main_file(held) or MODEL_NAME)
+        for name in {self.tokenizer_path.name, *held & set(FILE_NAMES)}:
+            plain_file_bytes(self.folder / name)
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file, names in weight_files(self.folder, SHARD_PATTERN).items():

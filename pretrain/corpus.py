@@ -1,12 +1,12 @@
-"""The corpus of a run: checked, split by documents, cut into samples.
+"""The text of a run: one corpus or a blend of several, checked, cut into samples, and the held-out sets beside it.
 
-A sample is `sequence_length + 1` consecutive tokens of the shuffled documents, one behind the other: `tokens` without
-the last, `labels` without the first. megatron-core draws the samples (`GPTDataset`), in an order that follows from the
-seed and the length of the run, not from the number of processes. Positions and attention run over ends of documents.
+A sample is `sequence_length + 1` consecutive tokens of the shuffled documents, one behind the other, so that no place
+is padding: `tokens` without the last, `labels` without the first. megatron-core draws the samples (`GPTDataset`), and
+of a blend in turns that follow the weights (`BlendedDataset`); their order follows from the seed and the length of the
+run, not from the number of processes. With `data.within_documents` positions begin anew at every document and attention
+stays inside it (`pretrain/document_starts.py`).
 """
 
-import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,105 +16,151 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import xxhash
 from torch import Tensor
 
 from model.config import ModelConfig
+from pretrain.data_config import DataConfig
+from pretrain.document_starts import WithinDocuments
 from pretrain.errors import DataError
 from pretrain.index_check import CorpusFacts, check_index
-from pretrain.tokenizer import Tokenizer
+from pretrain.sample_order import build_in_order
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 
 Result = TypeVar("Result")
+ONLY_VALIDATION = "0,100,0"
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-INDEX_FOLDER = "sample_indices"
-
-
-class DataConfig(BaseModel):
-    """The text a run learns from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prefix: str = Field(min_length=1, description="corpus written by tools/preprocess_corpus.py, without .bin or .idx")
-    tokenizer: str = Field(min_length=1, description="tokenizer model the corpus was written with")
-    split: str = Field("98,2,0", description="shares of the documents for training, validation and test")
-    cache: str | None = Field(
-        None, description="folder for sample indices, one run's alone, made anew at every start; none: in run.folder"
-    )
-
-    @field_validator("split")
-    @classmethod
-    def _split_is_three_shares(cls, split: str) -> str:
-        try:
-            shares = [float(share) for share in split.split(",")]
-        except ValueError:
-            shares = []
-        if len(shares) != 3 or not all(0.0 <= share < math.inf for share in shares) or not shares[0]:
-            raise ValueError(
-                f"data.split is {split!r}: set it to three shares such as 98,2,0 (training, validation, test), "
-                "none negative, the first above 0"
-            )
-        return split
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened corpus. `train` and `validation` are `GPTDataset`s: `len()` samples, each a dictionary of tensors."""
+    """An opened corpus: datasets of `len()` samples, each a dictionary of tensors."""
 
     train: Any
-    validation: Any | None
+    validation: dict[str, Any]
+    """Held-out sets by name, the first of which is the one a run is judged by; a share of the corpus itself has the
+    empty name. Empty if there are none."""
     tokenizer: Tokenizer
-    facts: CorpusFacts
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells this corpus from any other, and from a changed one."""
-        return self.facts.fingerprint
+    fingerprint: str
+    """Tells what a run trains on from any other text, and from a changed one."""
 
 
 def open_corpus(
     data: DataConfig, model: ModelConfig, *, training_samples: int, validation_samples: int, seed: int, cache: Path
 ) -> Corpus:
-    """Checks and opens the corpus; called by all processes of the default process group, if there is one.
+    """Checks and opens the corpora; called by all processes of the default process group (a single corpus: if there is
+    one).
 
-    `train` has at least `training_samples` samples, over as many epochs as that takes. `validation` has at least
-    `validation_samples`, always the same ones; it is None when they are 0 or `data.split` leaves it no documents.
-    The first process writes the order of the samples into `cache`, a folder that all processes see.
+    `train` has at least `training_samples` samples, over as many epochs as that takes. A held-out set has at least
+    `validation_samples`, always the same ones; there are none when they are 0, or `data.split` leaves no documents and
+    `data.validation` names no corpora. The first process writes the order of the samples into `cache`; a node that does
+    not see that folder gets a copy in its own.
     """
-    # megatron-core takes seconds to import, which reading a config should not.
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    prefix = Path(data.prefix)
     tokenizer = _together(lambda: _fitting_tokenizer(data, model))
-    facts = _check_on_every_node(prefix, tokenizer)
-    indices = cache.absolute() / INDEX_FOLDER
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=model.sequence_length,
-        blend=([str(prefix)], None),
-        split=data.split,
-        path_to_cache=str(indices),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    shares = config.split_matrix
-    shares[2] = None  # the test documents belong to evaluation alone
-    if validation_samples == 0:
-        shares[1] = None
-    index = IndexedDataset(str(prefix))
-    lengths = index.sequence_lengths.copy()  # its memory is unmapped with `index`
-    for name, share in zip(("training", "validation"), shares[:2], strict=True):
-        if share is not None:
-            _together(partial(_check_share, data, model, name, share, lengths))
-    _together(lambda: _make_index_folder(indices, 16 * (training_samples + validation_samples + len(lengths)) + 2**20))
-    train, validation, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [training_samples, validation_samples, 0], lambda: True, config
-    ).build()
-    return Corpus(train, validation, tokenizer, facts)
+    weights = data.weights()
+    facts = {prefix: _check_on_every_node(Path(prefix), tokenizer) for prefix in (*weights, *data.validation.values())}
+    if data.within_documents:
+        for prefix, known in facts.items():
+            _refuse_without_ends(prefix, known)
+    opener = _Opener(data, model, tokenizer, seed)
+    named = data.validation if validation_samples else {}
+    sets = [_Set(weights, data.shares, training_samples, validation_samples)]
+    sets += [_Set({prefix: 1.0}, ONLY_VALIDATION, 0, validation_samples) for prefix in named.values()]
+    for wanted in sets:
+        _together(partial(opener.check, wanted))
+    numbers = sum(known.documents for known in facts.values()) + sum(wanted.samples for wanted in sets)
+
+    def build(folder: Path, builds_here: Callable[[], bool]) -> list[tuple[Any, Any]]:
+        return [opener.open(wanted, folder, builds_here) for wanted in sets]
+
+    (train, held_out), *others = build_in_order(cache.absolute(), 16 * numbers + 2**20, build)
+    validation = {} if held_out is None else {"": held_out}
+    validation |= {name: samples for name, (_, samples) in zip(named, others, strict=True)}
+    return Corpus(train, validation, tokenizer, _fingerprint(weights, facts))
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Corpora by prefix with their weights, and what is wanted of them."""
+
+    weights: dict[str, float]
+    split: str
+    training_samples: int
+    validation_samples: int
+
+    @property
+    def samples(self) -> int:
+        return self.training_samples + self.validation_samples
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Makes megatron-core's datasets of one run."""
+
+    data: DataConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    seed: int
+
+    def check(self, wanted: _Set) -> None:
+        """DataError if the documents of a share do not fill a single sample."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        for prefix in wanted.weights:
+            index = IndexedDataset(prefix)
+            lengths = index.sequence_lengths
+            for name, share in zip(("training", "validation"), self._config(wanted, None).split_matrix, strict=False):
+                if share is None:
+                    continue
+                # The rounding is megatron-core's.
+                first, last = (round(bound * float(len(lengths))) for bound in share)
+                tokens = int(lengths[first:last].sum(dtype=np.int64))
+                if tokens <= self.model.sequence_length:
+                    raise DataError(
+                        f"the {name} share of data.split {wanted.split} is {last - first} of {len(lengths)} documents "
+                        f"with {tokens} tokens of {prefix}, and one sample takes {self.model.sequence_length + 1}: use "
+                        "a larger corpus, another data.split or a shorter model.sequence_length"
+                    )
+
+    def open(self, wanted: _Set, folder: Path, builds_here: Callable[[], bool]) -> tuple[Any, Any]:
+        """The training and the validation share; None where the split or the number of samples leaves nothing, or
+        nothing is built on this process."""
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset
+
+        sizes = [wanted.training_samples, wanted.validation_samples, 0]
+        train, validation, _ = BlendedMegatronDatasetBuilder(
+            GPTDataset, sizes, builds_here, self._config(wanted, folder)
+        ).build()
+        return self._as_wanted(train), self._as_wanted(validation)
+
+    def _config(self, wanted: _Set, folder: Path | None) -> Any:
+        # megatron-core takes seconds to import, which reading a config should not.
+        from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+        weights = wanted.weights
+        config = GPTDatasetConfig(
+            random_seed=self.seed,
+            sequence_length=self.model.sequence_length,
+            blend=(list(weights), list(weights.values()) if len(weights) > 1 else None),
+            split=wanted.split,
+            path_to_cache=None if folder is None else str(folder),
+            tokenizer=self.tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        # The test documents belong to evaluation alone.
+        for place, samples in enumerate((wanted.training_samples, wanted.validation_samples, 0)):
+            if samples == 0:
+                config.split_matrix[place] = None
+        return config
+
+    def _as_wanted(self, samples: Any) -> Any:
+        if samples is None or not self.data.within_documents:
+            return samples
+        return WithinDocuments(samples, self.tokenizer.end_of_document)
 
 
 def batch_at(dataset: Any, first_sample: int, micro_batch: int) -> dict[str, Tensor]:
@@ -131,8 +177,8 @@ def micro_batch_start(consumed_samples: int, micro_step: int, micro_batch: int, 
 
 
 def _fitting_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer(data.tokenizer)
-    if model.vocabulary not in (0, tokenizer.vocabulary):
+    tokenizer = open_tokenizer(data.tokenizer)
+    if 0 < model.vocabulary < tokenizer.vocabulary:
         raise DataError(
             f"{data.tokenizer} has {tokenizer.vocabulary} tokens, and model.vocabulary is {model.vocabulary}: "
             "leave model.vocabulary out or change data.tokenizer"
@@ -162,45 +208,21 @@ def _check_on_every_node(prefix: Path, tokenizer: Tokenizer) -> CorpusFacts:
     return found[0]
 
 
-def _check_share(
-    data: DataConfig, model: ModelConfig, name: str, share: tuple[float, float], lengths: np.ndarray
-) -> None:
-    """DataError if the documents of one share of the split do not fill a single sample."""
-    # The rounding is megatron-core's.
-    first, last = (round(bound * float(len(lengths))) for bound in share)
-    tokens = int(lengths[first:last].sum(dtype=np.int64))
-    if tokens <= model.sequence_length:
+def _refuse_without_ends(prefix: str, facts: CorpusFacts) -> None:
+    if not facts.end_of_document:
         raise DataError(
-            f"the {name} share of data.split {data.split} is {last - first} of {len(lengths)} documents with {tokens} "
-            f"tokens, and one sample takes {model.sequence_length + 1}: use a larger corpus, another data.split or a "
-            f"shorter model.sequence_length"
+            f"data.within_documents is true, and the corpus {prefix} has no ends of documents: write it anew with "
+            "tools/preprocess_corpus.py --append-eod, or leave data.within_documents out"
         )
 
 
-def _make_index_folder(folder: Path, needed_bytes: int) -> None:
-    """An empty folder that only this user can enter, with room for the indices.
-
-    megatron-core unpickles what it finds in its cache: so nothing found there is ever used.
-    """
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    try:
-        if folder.is_symlink() or folder.is_file():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700)
-        free_bytes = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or folder} cannot be made anew ({error.strerror}): set data.cache to a folder of your own"
-        ) from error
-    if free_bytes < needed_bytes:
-        raise DataError(
-            f"{folder} has no space left for the order of the samples: {free_bytes:,} bytes are free and about "
-            f"{needed_bytes:,} are needed; free some or set data.cache"
-        )
+def _fingerprint(weights: dict[str, float], facts: dict[str, CorpusFacts]) -> str:
+    """A blend is told by the corpora, wherever they lie, their weights and their order."""
+    if len(weights) == 1:
+        return facts[next(iter(weights))].fingerprint
+    whole = sum(weights.values())
+    text = " ".join(f"{facts[prefix].fingerprint}:{weight / whole!r}" for prefix, weight in weights.items())
+    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def _is_first_of_node() -> bool:

@@ -7,7 +7,6 @@ the model that was trained.
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from transformers import GenerationConfig
 
 from model.huggingface import huggingface_shapes, huggingface_tensors
 from model.huggingface_config import huggingface_config
-from pretrain.checkpoint_format import TOKENIZER_NAME, write_blocks
+from pretrain.checkpoint_format import write_blocks
 from pretrain.consolidated import INDEX_NAME, ConsolidatedModel, plan_files
 from pretrain.dense_source import DenseSource, dense_source
 from pretrain.errors import CheckpointError
@@ -30,7 +29,6 @@ from pretrain.logit_comparison import (
     training_logits,
     transformers_logits,
 )
-from pretrain.tokenizer_export import export_tokenizer
 
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -50,14 +48,13 @@ def write_dense_export(
 def write_huggingface_folder(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """Writes a dense model into `folder`, which is there and empty.
 
-    The sentencepiece model goes along: transformers reads tokenizer.json beside it, and an import needs it.
+    A sentencepiece model goes along: transformers reads tokenizer.json beside it, and an import needs it.
     """
     write_weights(source, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
     end = source.tokenizer.end_of_document
     huggingface_config(source.config, end_of_document=end, dtype=dtype).save_pretrained(folder)
     GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
-    export_tokenizer(source.tokenizer, folder, source.config.sequence_length)
-    shutil.copyfile(source.tokenizer.path, folder / TOKENIZER_NAME)
+    source.tokenizer.export(folder, source.config.sequence_length)
 
 
 def write_weights(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int) -> None:

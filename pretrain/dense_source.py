@@ -8,7 +8,7 @@ from model.config import ModelConfig
 from model.conversion import TensorReader, dense_tensor
 from pretrain.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _as_dense(config: ModelConfig) -> ModelConfig:
 
 def trained_tokenizer(consolidated: ConsolidatedModel) -> Tokenizer:
     """The folder's tokenizer, if it is the one the model was trained with."""
-    tokenizer = Tokenizer(consolidated.tokenizer_path)
+    tokenizer = open_tokenizer(consolidated.tokenizer_path)
     trained = consolidated.facts["tokenizer"].get("fingerprint")
     if tokenizer.fingerprint != trained:
         raise CheckpointError(

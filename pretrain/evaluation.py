@@ -28,7 +28,6 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_index, data_size, device, tensor_index, tensor_size
-from pretrain.checkpoint_format import TOKENIZER_NAME
 from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
 from pretrain.consolidated import FACTS_NAME, ConsolidatedModel, facts_of
 from pretrain.errors import CheckpointError, ConfigError
@@ -36,6 +35,7 @@ from pretrain.layout import check_tensor_split
 from pretrain.logit_comparison import load_transformers
 from pretrain.loss_sums import LossSums, token_losses
 from pretrain.summary import perplexity
+from pretrain.tokenizer import main_file
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """Nats of every label `(batch, seq)`, from tokens and labels of that shape."""
@@ -82,7 +82,7 @@ def find_model(path: Path, tensor: int) -> EvaluatedModel:
         return _ours("consolidated", consolidated.config, consolidated.ranks, consolidated.tokenizer_path, tensor, read)
     reader = CheckpointReader(locate_checkpoint(path))
     facts = facts_of(reader)
-    tokenizer_path = reader.extra_file(TOKENIZER_NAME)
+    tokenizer_path = next(iter(reader.tokenizer_files().values()))
     return _ours("checkpoint", facts.model, facts.ranks, tokenizer_path, tensor, reader)
 
 
@@ -129,10 +129,9 @@ def _export(folder: Path, tensor: int) -> EvaluatedModel:
             f"{folder} is a dense export, which is not split over processes, and --tensor-parallel is {tensor}: leave "
             "it out (processes then share the text), or give the consolidated folder"
         )
-    if not (folder / TOKENIZER_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} has no {TOKENIZER_NAME}, so it is no export of ours: evaluate it with lm_eval (--model hf)"
-        )
+    name = main_file({path.name for path in folder.iterdir()})
+    if name is None:
+        raise CheckpointError(f"{folder} holds no tokenizer: evaluate it with lm_eval (--model hf)")
     model = load_transformers(folder, in_memory=True)
 
     def load() -> Losses:
@@ -145,7 +144,7 @@ def _export(folder: Path, tensor: int) -> EvaluatedModel:
         return losses
 
     settings: Any = model.config
-    return EvaluatedModel("dense export", settings.max_position_embeddings, folder / TOKENIZER_NAME, load)
+    return EvaluatedModel("dense export", settings.max_position_embeddings, folder / name, load)
 
 
 def windows(predictions: int, length: int, stride: int) -> Iterator[tuple[int, int]]:

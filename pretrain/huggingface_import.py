@@ -17,7 +17,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.huggingface import OUTPUT_LAYER, WORD_EMBEDDINGS, correspondences, huggingface_shapes, tensor_from_theirs
 from model.huggingface_config import dense_config
-from pretrain.checkpoint_format import TOKENIZER_NAME, decode_json
+from pretrain.checkpoint_format import decode_json
 from pretrain.checkpoint_reader import read_limited
 from pretrain.consolidated import (
     FACTS_LIMIT_BYTES,
@@ -30,7 +30,8 @@ from pretrain.consolidated import (
 from pretrain.dense_source import DenseSource, dense_source
 from pretrain.errors import CheckpointError
 from pretrain.logit_comparison import load_transformers, training_logits, transformers_logits
-from pretrain.tokenizer import Tokenizer
+from pretrain.sentencepiece_tokenizer import is_exact
+from pretrain.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, open_tokenizer
 
 SETTINGS_NAME, ADAPTER_NAME = "config.json", "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -105,7 +106,10 @@ def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Pa
             raise CheckpointError(f"{folder} holds NaN or an infinity in {rows[name].theirs[0]}: it cannot be trained")
         return tensor
 
-    source = DenseSource(config, read, _fitting_tokenizer(folder, config, tokenizer), tuple(notes))
+    fitting = _fitting_tokenizer(folder, config, tokenizer)
+    if fitting.vocabulary < config.vocabulary:
+        notes.append(f"the embedding has {config.vocabulary} rows, and {fitting.path} {fitting.vocabulary} tokens")
+    source = DenseSource(config, read, fitting, tuple(notes))
     return _of_length(source, sequence_length)
 
 
@@ -126,20 +130,26 @@ def _of_length(source: DenseSource, length: int | None) -> DenseSource:
 
 
 def _fitting_tokenizer(folder: Path, config: ModelConfig, path: Path | None) -> Tokenizer:
-    """The sentencepiece model whose ids the embedding has."""
-    path = path or folder / TOKENIZER_NAME
-    if not path.is_file():
+    """The tokenizer whose ids the embedding has; published models often have some rows more."""
+    path = path or _own_tokenizer(folder)
+    if not path.exists():
         raise CheckpointError(
-            f"{path} is missing, and corpora are made with a sentencepiece model: give the one that the model's tokens "
-            "come from with --tokenizer"
+            f"{path} is missing, and corpora are made with it: give the tokenizer that the model's tokens come from "
+            "with --tokenizer"
         )
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocabulary != config.vocabulary:
+    tokenizer = open_tokenizer(path)
+    if tokenizer.vocabulary > config.vocabulary:
         raise CheckpointError(
             f"the tokenizer {path} has {tokenizer.vocabulary} tokens, and the vocab_size of {folder} is "
             f"{config.vocabulary}: give the tokenizer that the model was trained with as --tokenizer"
         )
     return tokenizer
+
+
+def _own_tokenizer(folder: Path) -> Path:
+    """The folder's; of a sentencepiece model and its JSON form the model, if text comes back from it."""
+    model, other = folder / MODEL_NAME, folder / JSON_NAME
+    return other if other.is_file() and not (model.is_file() and is_exact(model)) else model
 
 
 class _Weights:

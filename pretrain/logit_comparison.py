@@ -21,7 +21,7 @@ from pretrain.consolidated import ConsolidatedModel
 from pretrain.consolidated_model import load_model
 from pretrain.dense_source import DenseSource
 from pretrain.errors import CheckpointError
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.01}
 """Largest difference of a logit, in units of the logits' scale: some four times and more of what random models of 2 to
@@ -83,7 +83,7 @@ def comparison_tokens(consolidated: ConsolidatedModel) -> Tensor:
     vocabulary = consolidated.config.vocabulary
     length = min(consolidated.config.sequence_length, max(16, _MOST_LOGITS // (_SEQUENCES * vocabulary)))
     tokens = torch.randint(vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
-    end = Tokenizer(consolidated.tokenizer_path).end_of_document
+    end = open_tokenizer(consolidated.tokenizer_path).end_of_document
     tokens[0, 0] = tokens[1, length // 2] = end
     return tokens
 

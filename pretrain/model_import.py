@@ -49,18 +49,18 @@ def write_import(
     )
     conversion = FromDense(config, ranks, source.read, seed)
     shapes = parameter_shapes(config, ranks)
-    write_model(folder, facts, source.tokenizer.path, shapes, conversion.tensors(), max_shard_bytes)
+    write_model(folder, facts, source.tokenizer.files(), shapes, conversion.tensors(), max_shard_bytes)
     return ConsolidatedModel(folder), conversion.kept_energy
 
 
-def write_training_settings(config: ModelConfig, rank: int | None, folder: Path, output: Path) -> None:
+def write_training_settings(config: ModelConfig, rank: int | None, tokenizer: str, folder: Path, output: Path) -> None:
     """Writes `training.yaml` into `folder`, which will be called `output`: a config that a launch line can name and
     another can extend."""
     settings = {
         "model": config.model_dump(mode="json"),
         **({} if rank is None else {"rank": {"initial": rank}}),
         **({"train": {"objective": "mlm"}} if config.bidirectional else {}),
-        "data": {"tokenizer": str(output / "tokenizer.model")},
+        "data": {"tokenizer": str(output / tokenizer)},
         "checkpoint": {"start_from": str(output)},
     }
     text = "# Settings of a run that starts from this model: name it as --config, or as `extends:` in a config.\n"

@@ -61,6 +61,24 @@ class StepMetrics:
     """fp16 only."""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found in one held-out set."""
+
+    lm_loss: float
+    """Mean over all predicted tokens, in nats per token."""
+    bits_per_byte: float | None = None
+    """Causal objective only: hidden tokens are no text."""
+    accuracy: float | None = None
+    """Share of the tokens predicted right; masked objective only."""
+
+    def facts(self) -> dict[str, float]:
+        """What there is of it, by name."""
+        facts = {"lm_loss": self.lm_loss, "ppl": perplexity(self.lm_loss)}
+        others = {"bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
+        return facts | {name: value for name, value in others.items() if value is not None}
+
+
 class Monitor:
     """Everything a run shows. `growth` is what a resumed checkpoint's state says, `ranks` those the model has now."""
 
@@ -138,21 +156,18 @@ class Monitor:
         self._to_board(lambda board: board.loss("train/lm_loss", metrics.lm_loss, self._spending))
         self._progress(step, metrics, tokens_per_second)
 
-    def validation(
-        self, step: int, lm_loss: float, bits_per_byte: float | None = None, accuracy: float | None = None
-    ) -> None:
-        """A validation; `lm_loss` in nats per predicted token, `accuracy` as a share of them."""
+    def validation(self, step: int, found: Mapping[str, Validation]) -> None:
+        """A validation, by the name of the held-out set; the first one stands under `validation/` alone as well."""
         if not self._active:
             return
-        scalars = {"validation/lm_loss": lm_loss, "validation/ppl": perplexity(lm_loss)}
-        if bits_per_byte is not None:
-            scalars["validation/bits_per_byte"] = bits_per_byte
-        if accuracy is not None:
-            scalars["validation/accuracy"] = accuracy
+        first = next(iter(found.values()))
+        named = {name: validation.facts() for name, validation in found.items() if name}
+        scalars = {f"validation/{key}": value for key, value in first.facts().items()}
+        for name, facts in named.items():
+            scalars |= {f"validation/{name}/{key}": value for key, value in facts.items()}
         self._scalars(step, scalars)
-        self._to_board(lambda board: board.loss("validation/lm_loss", lm_loss, self._spending))
-        facts = {name.partition("/")[2]: value for name, value in scalars.items()}
-        self.event("validation", step, **facts)
+        self._to_board(lambda board: board.loss("validation/lm_loss", first.lm_loss, self._spending))
+        self.event("validation", step, **first.facts(), **({"sets": named} if named else {}))
 
     def decision(self, step: int, seconds: float, flops: float) -> None:
         """A policy was asked: how long that took, without any growth, and the FLOPs of what it was told."""

@@ -48,9 +48,10 @@ def corpus_for(train: TrainConfig, corpus: Corpus, seed: int) -> Corpus:
         return corpus
     probability = train.mask_probability or MASK_PROBABILITY
     training = MaskedSamples(corpus.train, corpus.tokenizer, probability, f"{seed}:training")
-    validation = None
-    if corpus.validation is not None:
-        validation = MaskedSamples(corpus.validation, corpus.tokenizer, probability, f"{seed}:validation")
+    validation = {
+        name: MaskedSamples(samples, corpus.tokenizer, probability, f"{seed}:validation{name and ':'}{name}")
+        for name, samples in corpus.validation.items()
+    }
     return replace(corpus, train=training, validation=validation)
 
 

@@ -12,6 +12,7 @@ from pretrain.checkpoint_reader import CheckpointReader, step_folders
 from pretrain.config import RunConfig, check_same_architecture
 from pretrain.consolidated import facts_of
 from pretrain.corpus import Corpus
+from pretrain.data_config import DataConfig
 from pretrain.errors import CheckpointError
 from pretrain.initial_values import check_ranks, check_same_start, check_start
 from pretrain.processes import is_first_process, together
@@ -107,14 +108,15 @@ def check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpu
     if reader is None:
         return
     if reader.state["corpus"] != corpus.fingerprint:
+        named = "data.prefix names" if config.data.blend is None else "data.blend names, or with other weights,"
         raise CheckpointError(
-            f"{reader.folder} was trained on another corpus or tokenizer than data.prefix names now: "
+            f"{reader.folder} was trained on another corpus or tokenizer than {named} now: "
             "use that one, or another run.folder"
         )
     saved = reader.state["config"]
     for name, before, now in (
         ("run.seed", saved["run"]["seed"], config.run.seed),
-        ("data.split", saved["data"]["split"], config.data.split),
+        ("data.split", DataConfig.model_validate(saved["data"]).shares, config.data.shares),
     ):
         if before != now:
             raise CheckpointError(

@@ -32,10 +32,11 @@ from model.collectives import all_gathered
 from model.config import projections
 from model.factor_algebra import is_sharded
 from model.gpt import EspalierModel, tensor_layouts
-from model.process_groups import data_group, data_size, device
+from model.process_groups import data_group, data_size
 from model.spectrum import gram_singular_values, matrix_singular_values, singular_values, update_grams
 from pretrain.checkpoint_format import Fragment
 from pretrain.config import RunConfig
+from pretrain.document_starts import model_inputs
 from pretrain.engine import evaluating
 from pretrain.initial_values import InitialValues
 from pretrain.optimizer_state import gather, optimizer_state
@@ -50,7 +51,7 @@ class Tracker:
         # A frozen weight has neither update nor gradient; the frozen part of an additive layer has factors beside it.
         learning = [layer for layer in projections(config.model) if layer.factored or config.model.trained == "all"]
         self._projections, self._hidden = learning, config.model.hidden
-        self._start = InitialValues(config)
+        self._config, self._start = config, InitialValues(config)
         self._gradients: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -121,7 +122,7 @@ class Tracker:
         layers = enumerate(engine.module.decoder.layers)
         hooks = [layer.register_forward_hook(partial(behind, f"layer_{index:02d}")) for index, layer in layers]
         with evaluating(engine):
-            engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
+            engine(*model_inputs(self._config, batch))
         for hook in hooks:
             hook.remove()
         return spectra

@@ -34,7 +34,7 @@ from pretrain.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_re
 from pretrain.run_lock import LOCK_FILE, locked
 from pretrain.saving import Saver
 from pretrain.summary import summarize
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 from pretrain.trainer import Trainer, validation_samples
 
 
@@ -67,9 +67,10 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
         if verdict.signal and state.step < train.steps:
             save(state.step, final=True)
             raise verdict.stop(state.step)
-        if run.corpus.validation is not None and run.validates_after(state.step):
-            validation = run.validate()
-            monitor.validation(state.step, validation.lm_loss, validation.bits_per_byte, validation.accuracy)
+        if run.corpus.validation and run.validates_after(state.step):
+            found = run.validate()
+            validation = next(iter(found.values()))
+            monitor.validation(state.step, found)
             monitor.spectra(state.step, run.spectra())
         if run.tracker is not None and run.validates_after(state.step):
             monitor.tracking(state.step, run.track(run.tracker))
@@ -103,12 +104,12 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     config.layout(processes)
     folder = Path(config.run.folder)
     own = [
-        config.data.prefix,
+        *config.data.prefixes(),
         config.data.tokenizer,
         *map(str, (_cache(config), folder / LOCK_FILE, folder / LOGS_FOLDER)),
     ]
     together(lambda: refuse_foreign_folder(folder, own))
-    tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
+    tokenizer = together(lambda: open_tokenizer(config.data.tokenizer))
     if config.train.objective == "mlm":
         together(lambda: mask_token(tokenizer))  # nothing is written for a run that could not begin
     config = config.with_vocabulary(tokenizer.vocabulary)

@@ -28,13 +28,14 @@ from pretrain.checkpoint_writer import CheckpointWrite, Content
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus, batch_at, micro_batch_start
 from pretrain.deepspeed_config import deepspeed_dict
+from pretrain.document_starts import model_inputs
 from pretrain.engine import build_engine, evaluating, gradient_norm, set_learning_rate
 from pretrain.errors import agreed
 from pretrain.health import reach
 from pretrain.initial_values import initial_model
 from pretrain.layout import Layout
 from pretrain.loss_sums import LossSums, token_losses
-from pretrain.monitor import StepMetrics
+from pretrain.monitor import StepMetrics, Validation
 from pretrain.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.partitioned import drop_gathered, held, hold
 from pretrain.processes import together
@@ -46,18 +47,6 @@ from pretrain.schedule import global_batch_at, learning_rate
 from pretrain.spectra import measure_spectra
 from pretrain.spectrum_report import Measurement
 from pretrain.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a validation found."""
-
-    lm_loss: float
-    """Mean over all predicted tokens, in nats per token."""
-    bits_per_byte: float | None = None
-    """Causal objective only: hidden tokens are no text."""
-    accuracy: float | None = None
-    """Share of the tokens predicted right; masked objective only."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,7 @@ class Trainer:
 
     def _mean_loss(self, batch: dict[str, Tensor]) -> Tensor:
         batch = {key: values.to(device()) for key, values in batch.items()}
-        losses = self.engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        losses = self.engine(*model_inputs(self.config, batch), labels=batch["labels"])
         return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
     def _optimizer_step(self, norm: float) -> bool:
@@ -184,19 +173,22 @@ class Trainer:
     def _loss_scale(self) -> float | None:
         return float(self.engine.optimizer.cur_scale) if self.config.train.precision == "fp16" else None
 
+    def validate(self) -> dict[str, Validation]:
+        """What the model makes of the sequences of every held-out set, always the same ones."""
+        self._refuse_non_finite_weights()
+        return {name: self._validate(samples) for name, samples in self.corpus.validation.items()}
+
     @torch.no_grad()
-    def validate(self) -> Validation:
-        """What the model makes of the validation sequences, always the same ones."""
+    def _validate(self, samples: Any) -> Validation:
         micro_batch = self.config.train.micro_batch
         byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
         masked = self.config.train.objective == "mlm"
         sums = LossSums()
-        self._refuse_non_finite_weights()
         with evaluating(self.engine):
             for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
                 reach("validation", self.state.step)
-                batch = self._validation_batch(micro_step)
-                logits = self.engine(batch["tokens"].to(device()), batch["position_ids"].to(device()), None)
+                batch = self._validation_batch(samples, micro_step)
+                logits = self.engine(*model_inputs(self.config, batch))
                 counted = self._right_tokens(logits, batch) if masked else byte_lengths[batch["labels"]]
                 sums.add(token_losses(self.model, logits, batch["labels"]), batch["loss_mask"], counted)
         nats, tokens, found = sums.total()
@@ -212,16 +204,17 @@ class Trainer:
         every = self.config.train.validate_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _validation_batch(self, micro_step: int) -> dict[str, Tensor]:
+    def _validation_batch(self, samples: Any, micro_step: int) -> dict[str, Tensor]:
         micro_batch = self.config.train.micro_batch
         first = micro_batch_start(0, micro_step, micro_batch, data_index(), self.layout.data)
-        return batch_at(self.corpus.validation, first, micro_batch)
+        return batch_at(samples, first, micro_batch)
 
     def track(self, tracker: Tracker) -> Measurement:
         """Spectra of the updates so far, of the step's gradients, and of representations if there are validation
         samples."""
         self._refuse_non_finite_weights()
-        return tracker.measure(self.engine, None if self.corpus.validation is None else self._validation_batch(0))
+        held_out = next(iter(self.corpus.validation.values()), None)
+        return tracker.measure(self.engine, None if held_out is None else self._validation_batch(held_out, 0))
 
     # Ranks ------------------------------------------------------------------------------------------------------------
 
@@ -262,7 +255,7 @@ class Trainer:
         check_replicas(self.model)
         adapter, checkpoint = optimizer_state(self.engine), self.config.checkpoint
         extra_files = self.rank_control.extra_files(self.model, resources)
-        extra_files["tokenizer.model"] = Path(self.config.data.tokenizer)
+        extra_files |= self.corpus.tokenizer.files()
         content = Content(
             root,
             self.state.step,

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig, factored_projections
-from pretrain.tokenizer import END_OF_DOCUMENT, Tokenizer
+from pretrain.sentencepiece_tokenizer import END_OF_DOCUMENT
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 from tests.reference import random_tensors
 
 PARAMETRIZATIONS = {
@@ -26,7 +27,7 @@ TEXT = "def main(): return the answer to all of it, and more than that. "
 
 
 def small_tokenizer(folder: Path) -> Path:
-    """Trains a BPE model of a few hundred pieces, with the settings that `Tokenizer` asks for."""
+    """Trains a BPE model of a few hundred pieces, with the settings that `SentencePieceTokenizer` asks for."""
     (folder / "text").write_text("\n".join([TEXT * 3, "".join(map(chr, range(33, 127)))] * 20))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text"),
@@ -53,7 +54,7 @@ def random_consolidated(
     folder: Path, tokenizer_path: Path, family: str, parametrization: str = "all", **changes: object
 ) -> Path:
     """Makes `folder`: two layers, 32 positions, every rank another."""
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     settings: dict[str, object] = {"layers": 2, "sequence_length": 32, "vocabulary": tokenizer.vocabulary}
     config = ModelConfig.model_validate(settings | FAMILIES[family] | PARAMETRIZATIONS[parametrization] | changes)
     ranks = {projection.name: 4 + place for place, projection in enumerate(factored_projections(config))}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.corpus import DataConfig
+from pretrain.data_config import DataConfig
 from pretrain.index_check import CorpusFacts
 from pretrain.tokenizer import Tokenizer
 from tools.documents import find_files, read_documents

@@ -68,7 +68,7 @@ def _losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _validation_loss(model: nn.Module, corpus: Corpus, config: RunConfig) -> float:
     model.eval()
     size, sequences = config.train.micro_batch, config.train.validation_sequences
-    batches = [batch_at(corpus.validation, first, size) for first in range(0, sequences, size)]
+    batches = [batch_at(corpus.validation[""], first, size) for first in range(0, sequences, size)]
     losses = torch.cat([_losses(model, batch).double() for batch in batches])
     model.train()
     return float(losses.mean())

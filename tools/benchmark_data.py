@@ -22,11 +22,12 @@ import torch
 
 from model.process_groups import initialize_process_groups
 from pretrain.config import RunConfig
-from pretrain.corpus import DataConfig, batch_at, open_corpus
+from pretrain.corpus import batch_at, open_corpus
+from pretrain.data_config import DataConfig
 from pretrain.errors import run_command
 from pretrain.processes import joined_processes
 from pretrain.run_folder import json_text, replace_text
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 from tools.arguments import output_file, positive
 from tools.documents import find_files, read_documents
 from tools.preprocess_corpus import preprocess
@@ -151,7 +152,7 @@ def _word(met: bool) -> str:
 
 def _tokenizer(arguments: argparse.Namespace, files: Sequence[Path], work: Path) -> Tokenizer:
     if arguments.tokenizer_model is not None:
-        return Tokenizer(arguments.tokenizer_model)
+        return open_tokenizer(arguments.tokenizer_model)
     model = train_tokenizer(files, vocabulary=arguments.vocabulary, sample_chunks=TOKENIZER_CHUNKS)
     return write_tokenizer(model, work / "tokenizer.model")
 

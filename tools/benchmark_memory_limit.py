@@ -33,7 +33,7 @@ from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tools.arguments import output_file, parse_bytes
 from tools.race_results import hardware
 
@@ -146,7 +146,7 @@ def main() -> None:
     if arguments.out.exists():
         raise ConfigError(f"{arguments.out} is there already: give a new folder for --out")
     config = load_config(arguments.config, arguments.overrides)
-    model = config.with_vocabulary(Tokenizer(config.data.tokenizer).vocabulary).model
+    model = config.with_vocabulary(open_tokenizer(config.data.tokenizer).vocabulary).model
     dense_bytes = FP32_BYTES * total_parameters(model.model_copy(update={"parametrization": "dense"}), {})
     if dense_bytes <= arguments.limit:
         raise ConfigError(

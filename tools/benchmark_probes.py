@@ -22,7 +22,7 @@ from pretrain.errors import ConfigError, run_command
 from pretrain.policies import RankConfig, check_due, with_default_pace
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.run_folder import JsonLines, git_revision, installed_versions, json_text, replace_text
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tools.benchmark_used_rank import train
 from tools.race_results import hardware
 
@@ -36,7 +36,7 @@ def main() -> None:
     base = load_config(arguments.config, arguments.overrides)
     if not factored_projections(base.model):
         raise ConfigError("there is nothing to probe in a dense model: set model.parametrization=factored")
-    vocabulary = Tokenizer(base.data.tokenizer).vocabulary
+    vocabulary = open_tokenizer(base.data.tokenizer).vocabulary
     pace = with_default_pace(base.rank.model_copy(update={"policy": "gradient"}), base.train.steps)
     decisions = sum(check_due(step, pace) for step in range(base.train.steps))
     steps = CHECK_EVERY * (WARM_UP_DECISIONS + arguments.decisions) + 1  # the last decision comes before a step

@@ -28,7 +28,7 @@ import yaml
 from pretrain.config import RunConfig, load_config, parse_config
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.run_folder import CONFIG_FILE, JsonLines, git_revision, installed_versions, json_text, replace_text
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tools.documents import find_files, read_documents
 from tools.preprocess_corpus import preprocess
 from tools.race_results import hardware
@@ -89,9 +89,9 @@ def prepare_text(inputs: Sequence[str], held_out: Sequence[str], vocabulary: int
             train_tokenizer(training_files, vocabulary=vocabulary, sample_chunks=TOKENIZER_CHUNKS, mask_token=True),
             tokenizer,
         )
-    if Tokenizer(tokenizer).vocabulary != vocabulary:
+    if open_tokenizer(tokenizer).vocabulary != vocabulary:
         raise ConfigError(
-            f"{folder} holds a tokenizer of {Tokenizer(tokenizer).vocabulary} tokens, and --vocabulary is "
+            f"{folder} holds a tokenizer of {open_tokenizer(tokenizer).vocabulary} tokens, and --vocabulary is "
             f"{vocabulary}: name another --output"
         )
     if not prefix.with_suffix(".json").is_file():

@@ -22,7 +22,7 @@ from pretrain.evaluation import evaluate, find_model
 from pretrain.index_check import check_index
 from pretrain.processes import is_first_process, joined_processes, together
 from pretrain.run_folder import replace_text
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 from tools.arguments import output_file, positive
 from tools.documents import find_files, read_documents
 
@@ -38,7 +38,7 @@ def main() -> None:
                 "change either"
             )
         model = together(lambda: find_model(arguments.model, arguments.tensor_parallel))
-        tokenizer = together(lambda: Tokenizer(model.tokenizer_path))
+        tokenizer = together(lambda: open_tokenizer(model.tokenizer_path))
         stride = arguments.stride or model.positions
         if stride > model.positions:
             raise ConfigError(f"--stride {stride} is above the {model.positions} positions of the model: lower it")

@@ -25,7 +25,7 @@ import transformers
 
 from model.arithmetic import total_parameters, trained_parameters
 from model.config import ModelConfig, factored_projections, projections
-from pretrain.consolidated import TOKENIZER_NAME, TRAINING_NAME, ConsolidatedModel, check_output
+from pretrain.consolidated import TRAINING_NAME, ConsolidatedModel, check_output
 from pretrain.dense_source import DenseSource
 from pretrain.errors import CheckpointError, run_command
 from pretrain.huggingface_import import open_source, source_logits
@@ -57,7 +57,7 @@ def main() -> None:
             source, config, arguments.rank, folder, seed=arguments.seed, max_shard_bytes=max_shard_bytes
         )
         comparison = _verified(arguments.input, source, model)
-        write_training_settings(config, arguments.rank, folder, output)
+        write_training_settings(config, arguments.rank, model.tokenizer_path.name, folder, output)
     print(_summary(arguments.input, source, model, output, kept, comparison))
 
 
@@ -83,7 +83,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sequence-length", type=int, help="longest sequence (the model's own)", metavar="N")
     parser.add_argument(
-        "--tokenizer", type=Path, help="sentencepiece model of its tokens (tokenizer.model in --input)", metavar="FILE"
+        "--tokenizer", type=Path, help="its tokenizer: a file or a folder (the one in --input)", metavar="PATH"
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the first A of additive layers (1234)", metavar="S")
     parser.add_argument(
@@ -137,7 +137,7 @@ def _summary(
     lines += [
         "",
         f"python tools/preprocess_corpus.py --input TEXTS --output-prefix CORPUS --append-eod "
-        f"--tokenizer-model {output / TOKENIZER_NAME}",
+        f"--tokenizer-model {output / model.tokenizer_path.name}",
         f"deepspeed pretrain/train.py --config {output / TRAINING_NAME} run.folder=runs/NAME data.prefix=CORPUS",
     ]
     return "\n".join(lines)

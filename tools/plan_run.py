@@ -25,7 +25,7 @@ from pretrain.memory_plan import Setup
 from pretrain.plan import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
 from pretrain.rank_outlook import Moment, moments
 from pretrain.run_folder import replace_text
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
 
 EFFICIENCY, USABLE, OVERLAP = 0.4, 0.92, 0.0
@@ -37,7 +37,7 @@ HOST_MEMORY_BYTES_PER_SECOND = 200e9
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
     """The config with its vocabulary, from itself or from its tokenizer."""
     if Path(config.data.tokenizer).is_file():
-        return config.with_vocabulary(Tokenizer(config.data.tokenizer).vocabulary)
+        return config.with_vocabulary(open_tokenizer(config.data.tokenizer).vocabulary)
     if config.model.vocabulary == 0:
         raise ConfigError(
             f"the vocabulary is not known: model.vocabulary is 0, and there is no tokenizer {config.data.tokenizer}: "

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from pretrain.errors import DataError, EspalierError, run_command
 from pretrain.index_check import CorpusFacts, files_of, read_facts, scan_index
-from pretrain.tokenizer import SPACE, Tokenizer
+from pretrain.sentencepiece_tokenizer import SPACE
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 from tools.arguments import positive
 from tools.documents import Document, find_files, read_documents, stored_bytes
 
@@ -72,7 +73,7 @@ def preprocess(
     overwrite: bool = False,
 ) -> CorpusFacts:
     """Writes the corpus of the documents in `files`; nothing is left behind if that fails."""
-    tokenizer = Tokenizer(tokenizer_model)
+    tokenizer = open_tokenizer(tokenizer_model)
     _check_output(prefix, overwrite)
     documents = read_documents(files, json_keys)
     try:
@@ -247,7 +248,7 @@ class _Encoder:
     """What a worker does."""
 
     def __init__(self, tokenizer_model: Path, append_eod: bool) -> None:
-        self._tokenizer = Tokenizer(tokenizer_model)
+        self._tokenizer = open_tokenizer(tokenizer_model)
         self._end = [self._tokenizer.end_of_document] if append_eod else []
 
     def encode(self, batch: _Batch) -> _Encoded:

@@ -21,7 +21,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from pretrain.errors import DataError, run_command
-from pretrain.tokenizer import END_OF_DOCUMENT, MASK, SCORE_QUANTUM, Piece, Tokenizer
+from pretrain.sentencepiece_tokenizer import END_OF_DOCUMENT, MASK, SCORE_QUANTUM, Piece, SentencePieceTokenizer
 from tools.documents import find_files, read_documents
 
 CHUNK_CHARACTERS = 1000
@@ -108,7 +108,7 @@ def train_tokenizer(
     return _quantized(model.getvalue())
 
 
-def write_tokenizer(model: bytes, output: Path) -> Tokenizer:
+def write_tokenizer(model: bytes, output: Path) -> SentencePieceTokenizer:
     """Writes a model file as a whole or not at all, and opens it."""
     staging: Path | None = None
     try:
@@ -118,7 +118,7 @@ def write_tokenizer(model: bytes, output: Path) -> Tokenizer:
             file.write(model)
             file.flush()
             os.fsync(file.fileno())
-        Tokenizer(staging)
+        SentencePieceTokenizer(staging)
         staging.chmod(0o644)
         staging.replace(output)
     except OSError as error:
@@ -126,7 +126,7 @@ def write_tokenizer(model: bytes, output: Path) -> Tokenizer:
     finally:
         if staging is not None:
             staging.unlink(missing_ok=True)
-    return Tokenizer(output)
+    return SentencePieceTokenizer(output)
 
 
 def draw_sample(chunks: Iterable[str], most: int, seed: int) -> list[str]:

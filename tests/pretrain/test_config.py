@@ -251,8 +251,9 @@ def test_vocabulary_comes_from_the_tokenizer_and_must_not_contradict():
     config = configured().with_vocabulary(1000)
     assert config.model.vocabulary == 1000
     assert config.with_vocabulary(1000) == config
-    with pytest.raises(ConfigError, match=r"model\.vocabulary is 1000, and the tokenizer .* has 999 tokens"):
-        config.with_vocabulary(999)
+    assert config.with_vocabulary(990) == config  # rows to spare
+    with pytest.raises(ConfigError, match=r"model\.vocabulary is 1000, and the tokenizer .* has 1001 tokens"):
+        config.with_vocabulary(1001)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused():

@@ -13,9 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from model.config import ModelConfig
-from pretrain.corpus import INDEX_FOLDER, Corpus, DataConfig, batch_at, micro_batch_start, open_corpus
+from pretrain.corpus import Corpus, batch_at, micro_batch_start, open_corpus
+from pretrain.data_config import DataConfig
 from pretrain.errors import DataError
 from pretrain.index_check import files_of
+from pretrain.sample_order import INDEX_FOLDER
 from tests.distributed import run
 from tests.small_corpus import SmallCorpus, small_corpus, small_tokenizer
 
@@ -97,18 +99,17 @@ def test_seed_decides_the_order(files: SmallCorpus, tmp_path: Path) -> None:
 def test_validation_comes_from_its_own_documents(files: SmallCorpus, tmp_path: Path) -> None:
     corpus = opened(files.data, tmp_path)
     first = round(0.8 * len(files.texts))
-    assert corpus.validation is not None
+    held_out, held_out_again = corpus.validation[""], opened(files.data, tmp_path).validation[""]
     assert set(corpus.train.indices.tolist()) == set(range(first))
-    assert set(corpus.validation.indices.tolist()) == set(range(first, len(files.texts)))
-    again = opened(files.data, tmp_path)
-    assert len(corpus.validation) >= 10
-    assert torch.equal(batch_at(corpus.validation, 0, 10)["tokens"], batch_at(again.validation, 0, 10)["tokens"])
+    assert set(held_out.indices.tolist()) == set(range(first, len(files.texts)))
+    assert len(held_out) >= 10
+    assert torch.equal(batch_at(held_out, 0, 10)["tokens"], batch_at(held_out_again, 0, 10)["tokens"])
 
 
 def test_no_validation(files: SmallCorpus, tmp_path: Path) -> None:
-    assert opened(files.data, tmp_path, validation_samples=0).validation is None
+    assert opened(files.data, tmp_path, validation_samples=0).validation == {}
     whole = files.data.model_copy(update={"split": "1,0,0"})
-    assert opened(whole, tmp_path).validation is None
+    assert opened(whole, tmp_path).validation == {}
 
 
 def test_several_epochs(files: SmallCorpus, tmp_path: Path) -> None:
@@ -134,8 +135,8 @@ def test_too_small_a_share(files: SmallCorpus, tmp_path: Path) -> None:
 
 
 def test_vocabulary_and_tokenizer_must_fit(files: SmallCorpus, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has 600 tokens, and model\.vocabulary is 601"):
-        opened(files.data, tmp_path, model=MODEL.model_copy(update={"vocabulary": 601}))
+    with pytest.raises(DataError, match=r"has 600 tokens, and model\.vocabulary is 599"):
+        opened(files.data, tmp_path, model=MODEL.model_copy(update={"vocabulary": 599}))
     other = small_tokenizer(tmp_path / "other.model", 610)
     data = files.data.model_copy(update={"tokenizer": str(other.path)})
     with pytest.raises(DataError, match=r"600 tokens .* data\.tokenizer has 610"):

@@ -13,7 +13,7 @@ from pretrain.consolidated import ConsolidatedModel, write_consolidated
 from pretrain.dense_export import write_dense_export
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.evaluation import Evaluation, evaluate, find_model, windows
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import random_consolidated, small_tokenizer
 from tests.distributed import run
 from tests.training_runs import make_corpus, train_in_workers, write_config
@@ -24,7 +24,7 @@ def evaluate_in_worker(path: str, tensor: int, stride: int) -> Evaluation:
     """A text of 101 tokens, windows of the model's length."""
     initialize_process_groups(tensor)
     model = find_model(Path(path), tensor)
-    tokenizer = Tokenizer(model.tokenizer_path)
+    tokenizer = open_tokenizer(model.tokenizer_path)
     stream = np.random.default_rng(5).integers(0, tokenizer.vocabulary, 101)
     return evaluate(
         model.load(), stream, tokenizer.byte_lengths(), length=model.positions, stride=stride, micro_batch=2

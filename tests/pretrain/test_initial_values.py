@@ -17,7 +17,7 @@ from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.initial_values import check_start, initial_model
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import write_consolidated
 from tests.distributed import run
 from tests.parallel_model import gather_logical
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _make_start(folder: Path, corpus: Path, model: dict[str, Any]) -> dict[str, Tensor]:
     """A consolidated folder with random numbers, and these."""
-    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    tokenizer = open_tokenizer(corpus / "tokenizer.model")
     config = ModelConfig.model_validate({**SMALL["model"], **model, "vocabulary": tokenizer.vocabulary})
     ranks = {projection.name: RANK for projection in factored_projections(config)}
     return write_consolidated(folder, tokenizer, config, ranks)
@@ -63,7 +63,7 @@ def _first_values(config: str, tensor: int, vocabulary: int) -> dict[str, Tensor
 def test_every_layout_starts_from_the_folders_values(name: str, tensor: int, corpus: Path, tmp_path: Path) -> None:
     expected = _make_start(tmp_path / "start", corpus, MODELS[name])
     config = _config(tmp_path / "run.yaml", corpus, tmp_path / "start", MODELS[name])
-    vocabulary = Tokenizer(corpus / "tokenizer.model").vocabulary
+    vocabulary = open_tokenizer(corpus / "tokenizer.model").vocabulary
     for found in run(_first_values, 2, str(config), tensor, vocabulary):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -156,7 +156,7 @@ def test_folders_that_do_not_fit(
     rank = {"policy": "fixed", "initial": RANK, "events": [], **sections.get("rank", {})}
     path = _config(tmp_path / "run.yaml", corpus, start, model | sections.get("model", {}), rank=rank)
     config = load_config(str(path))
-    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    tokenizer = open_tokenizer(corpus / "tokenizer.model")
     if error is None:
         check_start(config.with_vocabulary(tokenizer.vocabulary), tokenizer)
         return

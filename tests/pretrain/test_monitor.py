@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.arithmetic import training_flops_per_token
 from pretrain.config import parse_config
 from pretrain.devices import peak_flops
-from pretrain.monitor import Monitor, StepMetrics, spectrum_scalars
+from pretrain.monitor import Monitor, StepMetrics, Validation, spectrum_scalars
 from pretrain.summary import summarize
 
 CONFIG = parse_config(
@@ -66,7 +66,7 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
     for step in range(1, 21):
         monitor.train_step(step, metrics(step, loss_scale=1024.0))
         if step == 10:
-            monitor.validation(step, 2.5, bits_per_byte=1.25)
+            monitor.validation(step, {"": Validation(2.5, bits_per_byte=1.25)})
             monitor.spectra(step, {name: np.array([2.0, 1.0, 1.0]) for name in RANKS})
             monitor.event("checkpoint", step, folder="checkpoints/step_000000010")
             monitor.augmentation(step, {FIRST: 8}, {FIRST: 16}, seconds=0.25)
@@ -174,7 +174,7 @@ def test_other_processes_write_and_say_nothing(tmp_path, capsys):
     folder = tmp_path / "run"
     monitor = opened(folder, active=False)
     monitor.train_step(5, metrics(5))
-    monitor.validation(5, 2.0)
+    monitor.validation(5, {"": Validation(2.0)})
     monitor.augmentation(5, {FIRST: 8}, {FIRST: 16}, seconds=0.1)
     monitor.spectra(5, {FIRST: np.ones(8)})
     monitor.event("fault", 5)
@@ -222,7 +222,7 @@ def test_summary_is_shown_and_kept(tmp_path, capsys):
 def test_a_masked_run_shows_its_accuracy(tmp_path, capsys):
     masked = parse_config(CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | {"objective": "mlm"}})
     monitor = Monitor(tmp_path, masked, RANKS, active=True)
-    monitor.validation(5, 2.5, accuracy=0.25)
+    monitor.validation(5, {"": Validation(2.5, accuracy=0.25)})
     summary = {
         "step": 20,
         "consumed_samples": 80,

@@ -20,7 +20,7 @@ from pretrain.consolidated import ConsolidatedModel
 from pretrain.corpus import batch_at, micro_batch_start, open_corpus
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.objective import MaskedSamples, corpus_for, mask_token
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, open_tokenizer
 from tests.distributed import run
 from tests.reference import reference_logits
 from tests.training_runs import curve, make_corpus, train_in_workers, write_config
@@ -44,7 +44,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Path) -> Tokenizer:
-    return Tokenizer(corpus / "tokenizer.model")
+    return open_tokenizer(corpus / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from pretrain.errors import DataError
-from pretrain.tokenizer import END_OF_DOCUMENT, MAXIMUM_RUN, SPACE, Tokenizer
-from pretrain.tokenizer_export import export_tokenizer
+from pretrain.sentencepiece_export import export_tokenizer
+from pretrain.sentencepiece_tokenizer import END_OF_DOCUMENT, MAXIMUM_RUN, SPACE, SentencePieceTokenizer
 from tools.documents import find_files, read_documents
 from tools.train_tokenizer import train_tokenizer, write_tokenizer
 
@@ -222,11 +222,11 @@ def test_what_megatron_core_asks(trained: SimpleNamespace) -> None:
 
 def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.model .*data\.tokenizer"):
-        Tokenizer(tmp_path / "nothing.model")
+        SentencePieceTokenizer(tmp_path / "nothing.model")
     for content in (b"", b"no model at all"):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(DataError, match=r"bad\.model .*tools/train_tokenizer\.py"):
-            Tokenizer(tmp_path / "bad.model")
+            SentencePieceTokenizer(tmp_path / "bad.model")
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,10 @@ def test_a_model_with_sentencepieces_defaults_is_refused(tmp_path: Path) -> None
         minloglevel=2,
     )
     with pytest.raises(DataError, match="normalizes"):
-        Tokenizer(tmp_path / "default.model")
+        SentencePieceTokenizer(tmp_path / "default.model")
 
 
 def refuse(model: sentencepiece_model_pb2.ModelProto, folder: Path, reason: str) -> None:
     (folder / "other.model").write_bytes(model.SerializeToString())
     with pytest.raises(DataError, match=reason):
-        Tokenizer(folder / "other.model")
+        SentencePieceTokenizer(folder / "other.model")

@@ -13,7 +13,7 @@ from pretrain.checkpoint_reader import CheckpointReader
 from pretrain.consolidated import ConsolidatedModel, write_consolidated
 from pretrain.dense_export import write_dense_export
 from pretrain.export_marker import DENSE_EXPORT, FACTS_NAME, files_below
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import small_tokenizer
 from tests.pretrain.checkpoint_cases import edit_manifest, save_model
 from tests.tools.test_race import RACE
@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = tmp_path_factory.mktemp("world")
     corpus = world / "corpus"
     corpus.mkdir()
-    tokenizer = Tokenizer(small_tokenizer(corpus))
+    tokenizer = open_tokenizer(small_tokenizer(corpus))
     texts = [Path(__import__(name).__file__ or "") for name in ("bisect", "heapq", "keyword", "stat", "string")]
     preprocess(find_files([str(path) for path in texts]), corpus / "corpus", tokenizer.path)
 

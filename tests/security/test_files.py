@@ -29,7 +29,7 @@ from pretrain.huggingface_import import open_source, source_logits
 from pretrain.index_check import check_index
 from pretrain.initial_values import check_start
 from pretrain.run_folder import JsonLines
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.pretrain.checkpoint_cases import edit_manifest
 from tests.security.payloads import PICKLES, torch_file, yaml_texts
 from tests.security.planting import STEP, command, plant, refusal
@@ -44,14 +44,14 @@ def generated(folder: Path) -> None:
 
 
 def checked_corpus(folder: Path) -> None:
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
     check_index(folder / "corpus", tokenizer.vocabulary, tokenizer.fingerprint)
 
 
 def started(folder: Path) -> None:
     """As a new run whose `checkpoint.start_from` is `model/`."""
     config = load_config(str(folder / "run.yaml"), [f"checkpoint.start_from={folder / 'model'}"])
-    check_start(config, Tokenizer(config.data.tokenizer))
+    check_start(config, open_tokenizer(config.data.tokenizer))
 
 
 def deepspeed(folder: Path) -> None:
@@ -90,7 +90,9 @@ READERS = {
         CHECKPOINT, "shard_*", lambda folder: CheckpointReader(folder).read("decoder.final_layernorm.weight")
     ),
     "tokenizer of a checkpoint": Reader(
-        CHECKPOINT, "tokenizer.model", lambda folder: Tokenizer(CheckpointReader(folder).extra_file("tokenizer.model"))
+        CHECKPOINT,
+        "tokenizer.model",
+        lambda folder: open_tokenizer(CheckpointReader(folder).extra_file("tokenizer.model")),
     ),
     "consolidated facts and ranks": Reader("consolidated", "espalier.json", ConsolidatedModel),
     "consolidated weights": Reader("consolidated", "model-00001-*", ConsolidatedModel),

@@ -17,7 +17,7 @@ from pretrain.consolidated import ConsolidatedModel
 from pretrain.dense_export import compare_with_export, write_dense_export
 from pretrain.errors import CheckpointError, run_command
 from pretrain.logit_comparison import TOLERANCES, comparison_tokens
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import FAMILIES, PARAMETRIZATIONS, TEXT, random_consolidated, small_tokenizer
 from tests.reference import reference_logits
 from tools import densify_checkpoint
@@ -73,7 +73,7 @@ def test_export_computes_what_the_factored_model_computes(
 def test_tokenizer_and_generation_settings_come_along(consolidated_folder: Maker, tmp_path, monkeypatch) -> None:
     source, output = consolidated_folder("llama"), tmp_path / "dense"
     densify(monkeypatch, source, output)
-    ours, theirs = Tokenizer(source / "tokenizer.model"), AutoTokenizer.from_pretrained(output)
+    ours, theirs = open_tokenizer(source / "tokenizer.model"), AutoTokenizer.from_pretrained(output)
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT)
     assert theirs.model_max_length == 32
     settings = AutoModelForCausalLM.from_pretrained(output).generation_config

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.distributed import run
 from tests.training_runs import make_corpus, probe_tokens, train_and_probe, write_config
 from tools import consolidate_checkpoint, densify_checkpoint
@@ -77,4 +77,4 @@ def test_dense_export_is_the_training_model(
 
     tokenizer = AutoTokenizer.from_pretrained(dense)
     text = "def __init__(self):\n\treturn <s> None\r\n"
-    assert tokenizer(text)["input_ids"] == Tokenizer(corpus / "tokenizer.model").encode(text)
+    assert tokenizer(text)["input_ids"] == open_tokenizer(corpus / "tokenizer.model").encode(text)

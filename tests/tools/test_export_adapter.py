@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pretrain.adapter_export import write_adapter_export
 from pretrain.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError, run_command
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import FAMILIES, TEXT, random_consolidated, small_tokenizer
 from tests.reference import reference_logits
 from tools import densify_checkpoint, export_adapter
@@ -65,7 +65,9 @@ def test_peft_computes_what_the_training_model_computes(
     held = sum(tensor.numel() for tensor in load_file(output / "adapter" / "adapter_model.safetensors").values())
     factors = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith((".A", ".B")))
     assert held >= factors  # A is repeated for q, k, v and for gate, up
-    assert AutoTokenizer.from_pretrained(output / "base")(TEXT)["input_ids"] == Tokenizer(tokenizer_path).encode(TEXT)
+    assert AutoTokenizer.from_pretrained(output / "base")(TEXT)["input_ids"] == open_tokenizer(tokenizer_path).encode(
+        TEXT
+    )
     facts = json.loads((output / "espalier.json").read_text())
     assert facts["kind"] == "adapter_export"
     assert facts["verified"]["relative_difference"] < 1e-5

@@ -16,7 +16,7 @@ import torch
 from pretrain.consolidated import ConsolidatedModel
 from pretrain.dense_export import write_dense_export
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.tokenizer import END_OF_DOCUMENT
+from pretrain.sentencepiece_tokenizer import END_OF_DOCUMENT
 from tests.consolidated_folder import random_consolidated, small_tokenizer
 from tools import generate
 

@@ -20,7 +20,7 @@ from pretrain.config import load_config
 from pretrain.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, run_command
 from pretrain.huggingface_import import open_source
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import FAMILIES, random_consolidated, small_tokenizer
 from tests.reference import reference_logits
 from tools import densify_checkpoint, import_huggingface
@@ -72,7 +72,7 @@ def saved(tokenizer_path: Path, tmp_path: Path) -> Maker:
 
     def save(name: str, dtype: torch.dtype = torch.float32, **settings: object) -> Path:
         torch.manual_seed(5)
-        model = MODELS[name](Tokenizer(tokenizer_path).vocabulary)
+        model = MODELS[name](open_tokenizer(tokenizer_path).vocabulary)
         for parameter in model.parameters():  # norms off one, biases off zero
             if parameter.dim() == 1:
                 nn.init.normal_(parameter, parameter[0].item(), 0.2)

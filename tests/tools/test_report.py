@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pretrain.errors import ConfigError
-from pretrain.monitor import Monitor
+from pretrain.monitor import Monitor, Validation
 from pretrain.run_folder import JsonLines, write_run_record
 from tests.pretrain.test_monitor import CONFIG, FIRST, RANKS, metrics
 from tools import report, screenshots
@@ -28,7 +28,7 @@ def make_run(folder: Path, *, dense: bool = False) -> Path:
     for step in range(1, 21):
         monitor.train_step(step, metrics(step, lm_loss=4.0 - 0.1 * step))
         if step % 10 == 0:
-            monitor.validation(step, 4.1 - 0.1 * step, 1.0)
+            monitor.validation(step, {"": Validation(4.1 - 0.1 * step, 1.0)})
         if step == 10 and not dense:
             monitor.augmentation(step, {FIRST: 8}, {FIRST: 16}, seconds=0.25)
             monitor.spectra(step, {name: np.array([2.0, 1.0, 0.5]) for name in RANKS})

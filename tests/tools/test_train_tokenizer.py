@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.tokenizer import Tokenizer
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
 from tools import train_tokenizer as tool
 from tools.documents import find_files
 from tools.train_tokenizer import CHUNK_CHARACTERS, draw_sample, split_text, train_tokenizer
@@ -55,7 +55,7 @@ def test_special_strings_and_odd_characters_in_the_training_text(tmp_path: Path)
     text = "<s> <unk> </s> <0x0A> <|end of document|> \x00 \u2585 \t \u2581 word\n" * 400
     (tmp_path / "a.txt").write_text(text + "other words in a line\n" * 400)
     (tmp_path / "model").write_bytes(train_tokenizer([tmp_path / "a.txt"], vocabulary=375))
-    tokenizer = Tokenizer(tmp_path / "model")
+    tokenizer = SentencePieceTokenizer(tmp_path / "model")
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
     assert tokenizer.end_of_document not in tokenizer.encode(text)
 
@@ -68,7 +68,7 @@ def test_tool_writes_a_tokenizer(
     output = tmp_path / "new" / "tokenizer.model"
     arguments = ("--input", tmp_path / "a.jsonl", "--json-keys", "body", "--output", output, "--vocabulary", 380)
     call(monkeypatch, *arguments)
-    assert Tokenizer(output).vocabulary == 380
+    assert SentencePieceTokenizer(output).vocabulary == 380
     assert "380 tokens" in capsys.readouterr().out
     assert list(output.parent.iterdir()) == [output]
     before = output.read_bytes()
@@ -77,7 +77,7 @@ def test_tool_writes_a_tokenizer(
     call(monkeypatch, *arguments, "--overwrite")
     assert output.read_bytes() == before
     call(monkeypatch, *arguments, "--overwrite", "--mask-token")
-    assert (Tokenizer(output).vocabulary, Tokenizer(output).mask) == (380, 2)
+    assert (SentencePieceTokenizer(output).vocabulary, SentencePieceTokenizer(output).mask) == (380, 2)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

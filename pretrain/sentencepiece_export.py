@@ -17,13 +17,20 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from pretrain.tokenizer import END_OF_DOCUMENT, MASK, SEGMENT_PATTERN, SPACE, Piece, Tokenizer
+from pretrain.sentencepiece_tokenizer import (
+    END_OF_DOCUMENT,
+    MASK,
+    SEGMENT_PATTERN,
+    SPACE,
+    Piece,
+    SentencePieceTokenizer,
+)
 
 UNREACHABLE_SCORE = -4096.0
 """Lower than the sum of any special piece's spelling, character by character."""
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path, sequence_length: int) -> None:
+def export_tokenizer(tokenizer: SentencePieceTokenizer, folder: Path, sequence_length: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, which
     `AutoTokenizer.from_pretrained(folder)` loads; `sequence_length` becomes `model_max_length`."""
     exported = HuggingFaceTokenizer(_bpe(tokenizer) if tokenizer.kind == "bpe" else _unigram(tokenizer))
@@ -50,12 +57,12 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, sequence_length: int) -
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _bpe(tokenizer: Tokenizer) -> models.BPE:
+def _bpe(tokenizer: SentencePieceTokenizer) -> models.BPE:
     vocabulary = {piece.piece: token for token, piece in enumerate(tokenizer.model.pieces)}
     return models.BPE(vocab=vocabulary, merges=_merges(tokenizer), byte_fallback=True, fuse_unk=False)
 
 
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def _merges(tokenizer: SentencePieceTokenizer) -> list[tuple[str, str]]:
     """Every pair of pieces whose union is a piece, in the order in which sentencepiece prefers them."""
     pieces = {p.piece: (-p.score, token) for token, p in enumerate(tokenizer.model.pieces) if p.type == Piece.NORMAL}
     ranked = []
@@ -70,6 +77,6 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _unigram(tokenizer: Tokenizer) -> models.Unigram:
+def _unigram(tokenizer: SentencePieceTokenizer) -> models.Unigram:
     scored = [(p.piece, p.score if p.type == Piece.NORMAL else UNREACHABLE_SCORE) for p in tokenizer.model.pieces]
     return models.Unigram(scored, unk_id=tokenizer.model.trainer_spec.unk_id, byte_fallback=True)

@@ -1,0 +1,58 @@
+"""Documents inside a sample: where each begins, and attention that stays inside them.
+
+The end-of-document token is the label behind the last token of a document, and the first token the next one is
+predicted from. So as an input it begins the next document: positions start there with 0, as they do when a model is
+asked for a new document. A sample that begins inside a document takes its rest for a document.
+
+    tokens       b  c  <end>  d  e  f  <end>  g        labels   c  <end>  d  e  f  <end>  g  h
+    positions    0  1    0    1  2  3    0    1
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.process_groups import device
+from pretrain.config import RunConfig
+
+
+class WithinDocuments:
+    """The samples of a `GPTDataset` with positions that begin anew at every document."""
+
+    def __init__(self, samples: Any, end_of_document: int) -> None:
+        self._samples, self._end = samples, end_of_document
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample `index`: tokens, labels, loss_mask (fp32) and position_ids, each (sequence_length,)."""
+        sample = self._samples[index]
+        return {**sample, "position_ids": positions_within(sample["tokens"], self._end)}
+
+
+def positions_within(tokens: Tensor, end_of_document: int) -> Tensor:
+    """Position of each of `tokens (..., seq)` in its document, as int64 of that shape."""
+    places = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
+    starts = torch.where(tokens == end_of_document, places, 0)
+    return places - starts.cummax(-1).values
+
+
+def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device."""
+    tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
+    if not config.data.within_documents:
+        return tokens, positions, None
+    return tokens, positions, outside_mask(positions, causal=not config.model.bidirectional)
+
+
+def outside_mask(positions: Tensor, *, causal: bool) -> Tensor:
+    """What a query may not see, bool `(batch, 1, seq, seq)` as megatron-core has it (True: hidden), from
+    `positions (batch, seq)`: other documents, and the tokens to come if `causal`."""
+    document = (positions == 0).cumsum(-1)
+    hidden = document[:, None, :, None] != document[:, None, None, :]
+    if causal:
+        hidden = hidden | torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
+    return hidden
