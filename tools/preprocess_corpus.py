@@ -2,63 +2,80 @@
 
     python tools/preprocess_corpus.py --input stdlib --tokenizer-model tokenizer.model --append-eod \\
         --output-prefix corpus
-    python tools/preprocess_corpus.py --input data/*.jsonl.zst --json-keys text --tokenizer-model tokenizer.model \\
+    python tools/preprocess_corpus.py --input data/*.jsonl.zst --json-keys text --tokenizer-model llama3/ \\
         --append-eod --workers 16 --output-prefix corpora/web
 
-Flags are named as in Megatron-LM's own tool. The output does not depend on the number of workers. A `.txt` or `.py`
-file is one document and is held in memory as a whole.
+Flags are named as in Megatron-LM's own tool. Complete parts are kept in `P.parts` until the corpus is whole: the same
+command goes on where a run of it was ended. On several nodes with a shared file system each does its share with
+`--nodes N --node 0` (to N-1), and the command without the two then joins the parts:
+
+    srun --nodes 4 bash -c 'python tools/preprocess_corpus.py ... --nodes 4 --node $SLURM_NODEID'
+    python tools/preprocess_corpus.py ...
+
+The corpus depends neither on workers and nodes nor on interruptions. A `.txt` or `.py` file is one document and is held
+in memory as a whole.
 """
 
 import argparse
-import os
-import signal
+import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.errors import DataError, EspalierError, run_command
+from pretrain.errors import ConfigError, DataError, run_command
 from pretrain.index_check import CorpusFacts, files_of, read_facts, scan_index
-from pretrain.sentencepiece_tokenizer import SPACE
 from pretrain.tokenizer import Tokenizer, open_tokenizer
 from tools.arguments import positive
-from tools.documents import Document, find_files, read_documents, stored_bytes
+from tools.corpus_parts import PartFolder, Unit, batches, flush_to_disk, plan_units, token_type_of
+from tools.documents import find_files
+from tools.text_encoding import encode_all
 
-BATCH_CHARACTERS = 1 << 20
-"""Text handed to a worker at a time."""
-BATCHES_AHEAD = 3
-"""Batches in work or waiting, for each worker: bounds the memory."""
+FORMAT = 1
+"""Of the parts: raised when other tokens come out of the same input."""
 
 
 def main() -> None:
     arguments = _arguments()
+    if not 0 <= arguments.node < arguments.nodes:
+        raise ConfigError(
+            f"--node is {arguments.node}, and --nodes {arguments.nodes}: number the nodes from 0 to "
+            f"{arguments.nodes - 1}"
+        )
     start = time.perf_counter()
-    facts = preprocess(
+    prefix, folder = arguments.output_prefix, PartFolder(arguments.output_prefix)
+    job = Job(
         find_files(arguments.input),
-        arguments.output_prefix,
-        arguments.tokenizer_model,
-        json_keys=arguments.json_keys,
+        prefix,
+        open_tokenizer(arguments.tokenizer_model),
+        json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
+    try:
+        if arguments.nodes > 1:
+            job.tokenize(arguments.node, arguments.nodes)
+            print(
+                f"node {arguments.node} of {arguments.nodes} has done its share: when all have, give the same command "
+                "without --nodes and --node"
+            )
+            return
+        facts = job.run()
+    finally:
+        if folder.path.is_dir():
+            print(f"complete parts are kept in {folder.path}: the same command goes on from there", file=sys.stderr)
     seconds = time.perf_counter() - start
     print(
-        f"{arguments.output_prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens ({facts.token_type}), "
+        f"{prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens ({facts.token_type}), "
         f"{facts.text_bytes:,} bytes of text ({facts.text_bytes / facts.tokens:.2f} a token)\n"
         f"{seconds:.1f} s, {facts.tokens / seconds:,.0f} tokens/s with {arguments.workers} workers\n"
-        f"{facts.round_trip_exceptions} documents hold U+2581, which decodes to a space; all else decodes to itself"
+        f"{facts.round_trip_exceptions} documents do not decode to themselves"
     )
 
 
@@ -72,25 +89,101 @@ def preprocess(
     workers: int = 1,
     overwrite: bool = False,
 ) -> CorpusFacts:
-    """Writes the corpus of the documents in `files`; nothing is left behind if that fails."""
+    """Writes the corpus of the documents in `files`."""
     tokenizer = open_tokenizer(tokenizer_model)
-    _check_output(prefix, overwrite)
-    documents = read_documents(files, json_keys)
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}.") as staging:
-            staged = Path(staging, "corpus")
-            with tqdm(total=stored_bytes(files), unit="B", unit_scale=True, disable=None) as progress:
-                facts = _write(staged, documents, tokenizer, append_eod, workers, progress)
-            # The facts come last: together with the fingerprint in them they make the three files one corpus.
-            for source, target in zip(files_of(staged), files_of(prefix), strict=True):
-                source.replace(target)
-            _flush_to_disk(prefix.parent)
-    except OSError as error:
-        raise DataError(
-            f"the corpus {prefix} cannot be written ({error.strerror}): free space or change --output-prefix"
-        ) from error
-    return facts
+    return Job(files, prefix, tokenizer, tuple(json_keys), append_eod, workers, overwrite).run()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One corpus to be written."""
+
+    files: Sequence[Path]
+    prefix: Path
+    tokenizer: Tokenizer
+    json_keys: tuple[str, ...]
+    append_eod: bool
+    workers: int
+    overwrite: bool
+
+    def run(self) -> CorpusFacts:
+        """Makes the parts that are missing, and the corpus of all of them."""
+        self.tokenize(0, 1)
+        folder, units = PartFolder(self.prefix), self._units()
+        try:
+            with folder.held(0, 1), tempfile.TemporaryDirectory(dir=self.prefix.parent, prefix=".join.") as staging:
+                staged = Path(staging, "corpus")
+                facts = self._join(folder, units, staged)
+                # The facts come last: together with the fingerprint in them they make the three files one corpus.
+                for source, target in zip(files_of(staged), files_of(self.prefix), strict=True):
+                    source.replace(target)
+                flush_to_disk(self.prefix.parent)
+                folder.clear()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return facts
+
+    def tokenize(self, node: int, nodes: int) -> None:
+        """Makes the missing parts of every `nodes`-th unit, from unit `node` on."""
+        _check_output(self.prefix, self.overwrite)
+        # megatron-core takes seconds to import, and what it warns of is no concern here.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        folder, units = PartFolder(self.prefix), self._units()
+        try:
+            with folder.held(node, nodes):
+                missing = []
+                for number in range(node, len(units), nodes):
+                    parts = folder.complete_parts(units[number])
+                    if not parts or not parts[-1][1].ends_unit:
+                        missing.append((number, units[number], parts[-1][1].documents_read if parts else 0))
+                todo = batches(missing, self.json_keys)
+                encoded = encode_all(todo, self.tokenizer.path, self.append_eod, self.workers)
+                total = sum(unit.stored_bytes for _, unit, _ in missing)
+                written = tokens = 0
+                with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
+                    for piece in folder.write(encoded, units, token_type_of(self.tokenizer.vocabulary)):
+                        written, tokens = written + len(piece.lengths), tokens + len(piece.tokens)
+                        progress.update(piece.batch.stored_bytes_read - progress.n)
+                        progress.set_postfix_str(f"{written} documents, {tokens / 1e6:.2f} M tokens", refresh=False)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _units(self) -> list[Unit]:
+        settings = {
+            "format": FORMAT,
+            "tokenizer": self.tokenizer.fingerprint,
+            "json_keys": self.json_keys,
+            "append_eod": self.append_eod,
+        }
+        return plan_units(self.files, settings)
+
+    def _join(self, folder: PartFolder, units: Sequence[Unit], staged: Path) -> CorpusFacts:
+        """Writes the three files under another name."""
+        tokenizer = self.tokenizer
+        token_type = token_type_of(tokenizer.vocabulary)
+        parts = folder.join(units, staged, token_type, tokenizer.vocabulary)
+        content = scan_index(staged, tokenizer.vocabulary)
+        facts = CorpusFacts(
+            documents=content.documents,
+            tokens=content.tokens,
+            text_bytes=sum(part.text_bytes for part in parts),
+            token_type=np.dtype(token_type).name,
+            vocabulary=tokenizer.vocabulary,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            end_of_document=self.append_eod,
+            round_trip_exceptions=sum(part.round_trip_exceptions for part in parts),
+            fingerprint=content.fingerprint,
+        )
+        facts_path = files_of(staged)[2]
+        facts_path.write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in files_of(staged):
+            flush_to_disk(path)
+        return facts
+
+    def _cannot_write(self, error: OSError) -> DataError:
+        return DataError(
+            f"the corpus {self.prefix} cannot be written ({error.strerror}): free space or change --output-prefix"
+        )
 
 
 def _check_output(prefix: Path, overwrite: bool) -> None:
@@ -107,201 +200,21 @@ def _check_output(prefix: Path, overwrite: bool) -> None:
         raise DataError(f"the corpus {prefix} exists: add --overwrite or change --output-prefix")
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Documents on the way to a worker."""
-
-    texts: list[str]
-    stored_bytes_read: int
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Documents on the way back: all tokens, one document behind the other, and the tokens of each."""
-
-    tokens: np.ndarray
-    lengths: list[int]
-    text_bytes: int
-    round_trip_exceptions: int
-    stored_bytes_read: int
-
-
-def _write(
-    staged: Path, documents: Iterator[Document], tokenizer: Tokenizer, append_eod: bool, workers: int, progress: tqdm
-) -> CorpusFacts:
-    """Writes the three files under another name."""
-    # megatron-core takes seconds to import, which the workers should not wait for; what it warns of is no concern here.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    token_type = DType.optimal_dtype(tokenizer.vocabulary)
-    tokens_path, index_path, facts_path = files_of(staged)
-    builder = IndexedDatasetBuilder(str(tokens_path), dtype=token_type)
-    text_bytes = exceptions = tokens = written = 0
-    for encoded in _encode_all(_batches(documents), tokenizer.path, append_eod, workers):
-        first = 0
-        for length in encoded.lengths:
-            builder.add_document(encoded.tokens[first : first + length], [length])
-            first += length
-        written += len(encoded.lengths)
-        tokens += first
-        text_bytes += encoded.text_bytes
-        exceptions += encoded.round_trip_exceptions
-        progress.update(encoded.stored_bytes_read - progress.n)
-        progress.set_postfix_str(f"{written} documents, {tokens / 1e6:.2f} M tokens", refresh=False)
-    if not written:
-        raise DataError("--input holds no text: every document is empty")
-    builder.finalize(str(index_path))
-    content = scan_index(staged, tokenizer.vocabulary)
-    facts = CorpusFacts(
-        documents=content.documents,
-        tokens=content.tokens,
-        text_bytes=text_bytes,
-        token_type=np.dtype(token_type).name,
-        vocabulary=tokenizer.vocabulary,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        end_of_document=append_eod,
-        round_trip_exceptions=exceptions,
-        fingerprint=content.fingerprint,
-    )
-    facts_path.write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for path in files_of(staged):
-        _flush_to_disk(path)
-    return facts
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
-    """Documents in batches that depend on the text alone; empty documents are left out."""
-    texts: list[str] = []
-    characters = read = 0
-    for document in documents:
-        read = document.stored_bytes_read
-        if document.text:
-            texts.append(document.text)
-            characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield _Batch(texts, read)
-            texts, characters = [], 0
-    if texts:
-        yield _Batch(texts, read)
-
-
-def _encode_all(batches: Iterator[_Batch], tokenizer_model: Path, append_eod: bool, workers: int) -> Iterator[_Encoded]:
-    """Encodes batches on `workers` processes, in order; one worker is this process."""
-    if workers == 1:
-        encoder = _Encoder(tokenizer_model, append_eod)
-        yield from map(encoder.encode, batches)
-        return
-    waiting: deque[Future[_Encoded]] = deque()
-    with (
-        _noted_interrupts() as interrupts,
-        ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer_model, append_eod)
-        ) as executor,
-    ):
-        try:
-            for batch in batches:
-                with _interrupts_blocked():
-                    waiting.append(executor.submit(_encode, batch))
-                if len(waiting) == BATCHES_AHEAD * workers:
-                    yield waiting.popleft().result()
-                if interrupts:
-                    raise KeyboardInterrupt
-            while waiting:
-                yield waiting.popleft().result()
-                if interrupts:
-                    raise KeyboardInterrupt
-        except BrokenProcessPool as error:
-            raise EspalierError("a worker process was killed, perhaps for want of memory: lower --workers") from error
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-@contextmanager
-def _noted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C is noted, for the caller to act on between two batches.
-
-    A KeyboardInterrupt inside `Future.result` may leave the future's lock taken, and then the executor's own thread
-    waits for it without end (seen with Python 3.11).
-    """
-    noted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started here never see Ctrl-C, not even while they start: it is the first process's, which ends
-    them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Encoder:
-    """What a worker does."""
-
-    def __init__(self, tokenizer_model: Path, append_eod: bool) -> None:
-        self._tokenizer = open_tokenizer(tokenizer_model)
-        self._end = [self._tokenizer.end_of_document] if append_eod else []
-
-    def encode(self, batch: _Batch) -> _Encoded:
-        documents = [self._tokenizer.encode(text) + self._end for text in batch.texts]
-        return _Encoded(
-            tokens=np.array([token for document in documents for token in document], dtype=np.int32),
-            lengths=list(map(len, documents)),
-            text_bytes=sum(len(text.encode("utf-8")) for text in batch.texts),
-            round_trip_exceptions=sum(SPACE in text for text in batch.texts),
-            stored_bytes_read=batch.stored_bytes_read,
-        )
-
-
-_encoder: _Encoder | None = None
-"""A worker process's own."""
-
-
-def _start_worker(tokenizer_model: Path, append_eod: bool) -> None:
-    global _encoder
-    threading.Thread(target=_end_with_the_first_process, daemon=True).start()
-    _encoder = _Encoder(tokenizer_model, append_eod)
-
-
-def _end_with_the_first_process() -> None:
-    """A worker whose parent is killed would wait for its next batch without end."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode(batch: _Batch) -> _Encoded:
-    assert _encoder is not None
-    return _encoder.encode(batch)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokenize text into a megatron-core indexed dataset.")
     parser.add_argument("--input", nargs="+", required=True, help="files, folders, or stdlib (tools/documents.py)")
     parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin, .idx and .json")
-    parser.add_argument("--tokenizer-model", type=Path, required=True, help="written by tools/train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        required=True,
+        help="written by tools/train_tokenizer.py, or a tokenizer.json of Hugging Face, or the folder of either",
+    )
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts in .jsonl lines (text)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--workers", type=positive, default=1, help="processes that tokenize (1)")
+    parser.add_argument("--nodes", type=positive, default=1, help="that share the work, see above (1)", metavar="N")
+    parser.add_argument("--node", type=int, default=0, help="which of them this is, from 0 (0)", metavar="I")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus this tool wrote")
     return parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import gzip
 import json
 import os
@@ -11,19 +12,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.index_check import check_index, files_of
 from pretrain.tokenizer import Tokenizer
 from tests.small_corpus import small_tokenizer
+from tools import corpus_parts
 from tools import preprocess_corpus as tool
+from tools.corpus_parts import PartFolder
 from tools.documents import find_files
-from tools.preprocess_corpus import preprocess
+from tools.preprocess_corpus import Job, preprocess
 
 TEXTS = ["def f():\r\n\treturn 1\n", "a\u2581b", "", "é😀\n\n  x", "</s> <0x0A> <|end of document|>", "\u2581"]
 
@@ -77,7 +81,7 @@ def test_corpus_holds_the_documents(
     report = capsys.readouterr().out
     assert f"{facts.documents} documents, {facts.tokens} tokens (uint16)" in report
     assert "tokens/s" in report
-    assert "2 documents hold U+2581" in report
+    assert "2 documents do not decode to themselves" in report
     call(monkeypatch, *flags, "--overwrite")
     assert documents_of(prefix) == [tokenizer.encode(text) for text in kept]
 
@@ -93,7 +97,7 @@ def test_output_does_not_depend_on_workers_batches_or_compression(
         packed[-1].write_bytes(gzip.compress(path.read_bytes()))
     preprocess(files, tmp_path / "one", tokenizer.path)
     expected = [path.read_bytes() for path in files_of(tmp_path / "one")]
-    monkeypatch.setattr(tool, "BATCH_CHARACTERS", 30_000)
+    monkeypatch.setattr(corpus_parts, "BATCH_CHARACTERS", 30_000)
     preprocess(files, tmp_path / "three", tokenizer.path, workers=3)
     assert [path.read_bytes() for path in files_of(tmp_path / "three")] == expected
     preprocess(packed, tmp_path / "packed_corpus", tokenizer.path)
@@ -117,11 +121,102 @@ def test_foreign_files_are_never_overwritten(tmp_path: Path, tokenizer: Tokenize
     assert (tmp_path / name).read_text() == "someone's own"
 
 
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many units of many parts, out of little text."""
+    monkeypatch.setattr(corpus_parts, "UNIT_BYTES", 40_000)
+    monkeypatch.setattr(corpus_parts, "BATCH_CHARACTERS", 5_000)
+    monkeypatch.setattr(corpus_parts, "PART_CHARACTERS", 15_000)
+
+
+def test_the_same_command_goes_on_where_it_was_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Whatever part was the last one, and it does not tokenize again what is there."""
+    files = find_files(["stdlib"])[::40]
+    preprocess(files, tmp_path / "whole", tokenizer.path)
+    expected = [path.read_bytes() for path in files_of(tmp_path / "whole")]
+    small_parts(monkeypatch)
+    prefix, commit, done = tmp_path / "corpus", PartFolder._commit, list[str | None]()
+
+    def commit_three_and_end(folder: PartFolder, *arguments: Any) -> None:
+        if len(done) % 4 == 3:
+            done.append(None)
+            raise KeyboardInterrupt
+        commit(folder, *arguments)
+        done.append(arguments[1].name)
+
+    monkeypatch.setattr(PartFolder, "_commit", commit_three_and_end)
+    interruptions = 0
+    while True:
+        try:
+            preprocess(files, prefix, tokenizer.path)
+        except KeyboardInterrupt:
+            assert (tmp_path / "corpus.parts").is_dir()
+            interruptions += 1
+            continue
+        break
+    assert interruptions > 3
+    names = [name for name in done if name is not None]
+    assert len(names) == len(set(names)) > 10
+    assert [path.read_bytes() for path in files_of(prefix)] == expected
+    assert not (tmp_path / "corpus.parts").exists()
+
+
+def test_a_changed_file_is_tokenized_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    small_parts(monkeypatch)
+    files = []
+    for number, source in enumerate(find_files(["stdlib"])[::40]):
+        files.append(tmp_path / f"{number:02d}.py")
+        files[-1].write_bytes(source.read_bytes())
+    job = Job(files, tmp_path / "corpus", tokenizer, ("text",), True, 1, False)
+    job.tokenize(0, 1)
+    files[3].write_text("x = 1\n", encoding="utf-8")
+    job.run()
+    assert [*tokenizer.encode("x = 1\n"), tokenizer.end_of_document] in documents_of(tmp_path / "corpus")
+    preprocess(files, tmp_path / "anew", tokenizer.path)
+    assert documents_of(tmp_path / "corpus") == documents_of(tmp_path / "anew")
+
+
+def test_nodes_share_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    files = find_files(["stdlib"])[::40]
+    preprocess(files, tmp_path / "one", tokenizer.path)
+    small_parts(monkeypatch)
+    flags = ["--input", *files, "--output-prefix", tmp_path / "corpus", "--tokenizer-model", tokenizer.path]
+    for node in (2, 0, 1):
+        call(monkeypatch, *flags, "--append-eod", "--nodes", 3, "--node", node)
+    tokenized = sorted(path.name for path in (tmp_path / "corpus.parts").glob("*.json"))
+    assert len(tokenized) > 10
+    with (tmp_path / "corpus.parts" / "node_1_of_3.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"node_1_of_3\.lock is held by another process"):
+            call(monkeypatch, *flags, "--append-eod")
+    monkeypatch.setattr(PartFolder, "_commit", None)  # nothing is left to be made
+    call(monkeypatch, *flags, "--append-eod")
+    assert [path.read_bytes() for path in files_of(tmp_path / "corpus")] == [
+        path.read_bytes() for path in files_of(tmp_path / "one")
+    ]
+    with pytest.raises(ConfigError, match=r"--node is 3, and --nodes 3: number the nodes from 0 to 2"):
+        call(monkeypatch, *flags, "--nodes", 3, "--node", 3)
+
+
+def test_a_damaged_part_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    files = find_files(["stdlib"])[::40]
+    job = Job(files, tmp_path / "corpus", tokenizer, ("text",), True, 1, False)
+    job.tokenize(0, 1)
+    (tokens,) = (tmp_path / "corpus.parts").glob("*.bin")
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"last end: the sequences end at byte"):
+        job.run()
+    assert not (tmp_path / "corpus.bin").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nothing_is_left_behind_by_a_bad_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer, lines: Path, workers: int
 ) -> None:
-    monkeypatch.setattr(tool, "BATCH_CHARACTERS", 5)
+    monkeypatch.setattr(corpus_parts, "BATCH_CHARACTERS", 5)
     with lines.open("a") as file:
         file.write('{"text": "good"}\nbad\n')
     before = names_in(tmp_path)
@@ -184,7 +279,7 @@ def busy_tool(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[subprocess.Popen
     )
     try:
         deadline = time.monotonic() + 120
-        while not any(path.stat().st_size for path in folder.glob(".corpus*/corpus.bin")):
+        while not any(path.stat().st_size for path in folder.glob("corpus.parts/.*/part.bin")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
