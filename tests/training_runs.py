@@ -49,8 +49,9 @@ def write_config(path: Path, corpus: Path, folder: Path, **sections: dict[str, A
     """A YAML config: the small run with `sections` laid over it."""
     settings: dict[str, dict[str, Any]] = {
         **{name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}},
-        "data": {"prefix": str(corpus / "corpus"), "tokenizer": str(corpus / "tokenizer.model"), "split": "80,20,0"},
     }
+    defaults = {"prefix": str(corpus / "corpus"), "tokenizer": str(corpus / "tokenizer.model"), "split": "80,20,0"}
+    settings["data"] = {**defaults, **sections.get("data", {})}
     settings["run"] = {"folder": str(folder), **sections.get("run", {})}
     path.write_text(yaml.safe_dump(settings))
     return path
