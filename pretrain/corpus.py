@@ -108,7 +108,7 @@ class _Opener:
 
         for prefix in wanted.weights:
             index = IndexedDataset(prefix)
-            lengths = index.sequence_lengths
+            lengths = index.sequence_lengths  # the memory they lie in is unmapped with `index`
             for name, share in zip(("training", "validation"), self._config(wanted, None).split_matrix, strict=False):
                 if share is None:
                     continue
