@@ -41,34 +41,34 @@ class ScaledDotProductAttention(nn.Module):
         """`query (seq, batch, heads/tp, size)`, `key` and `value (seq, batch, groups/tp, size)` to
         `(seq, batch, heads/tp * size)`.
 
-        `attention_mask (batch, 1, seq, seq)` is true where a query must not look, and then decides alone.
+        `attention_mask (batch, 1, seq, seq)` is added to the scores of a query, -inf where it must not look, and then
+        decides alone: of the queries' type, so that all layers keep the same one for the backward pass.
         """
-        visible = None if attention_mask is None else ~attention_mask
         repeats = query.shape[2] // key.shape[2]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         if self.training and self.dropout > 0.0:
-            context = self._with_dropout(query, key, value, visible)
+            context = self._with_dropout(query, key, value, attention_mask)
         else:
-            context = self._attend(query, key, value, visible, 0.0)
+            context = self._attend(query, key, value, attention_mask, 0.0)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         return nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=visible,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=self.causal and visible is None,
+            is_causal=self.causal and mask is None,
             scale=self.softmax_scale,
         )
 
-    def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         # The kernels draw from the default generator: it is seeded for this site and put back, so that no state runs
         # on.
         devices = [query.device] if query.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.counter.site_seed(self.layer, "attention", sharded=True))
-            return self._attend(query, key, value, visible, self.dropout)
+            return self._attend(query, key, value, mask, self.dropout)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -40,7 +42,9 @@ _SETTINGS = {
     "deepspeed": ("stage",),
     "run": ("seed",),
 }
-"""What the table of hyperparameters shows."""
+"""What the table of hyperparameters has."""
+_FIRST_SETTINGS = ("model.parametrization", "optimizer.learning_rate", "rank.budget", "rank.initial", "rank.policy")
+"""The columns of it that are shown unasked: TensorBoard takes five."""
 
 
 class Board:
@@ -53,6 +57,7 @@ class Board:
         self._main.add_custom_scalars(CHARTS | (TRACKING_CHARTS if config.rank.track else {}))
         metrics = ("validation/lm_loss", "train/lm_loss", "rank/mean", "rank/total_parameters")
         for summary in hparams(_hyperparameters(config), dict.fromkeys(metrics)):
+            _put_first(summary)
             self._main.file_writer.add_summary(summary)  # type: ignore[attr-defined]  # torch declares it as None
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -91,6 +96,15 @@ def _gflops(spending: Spending) -> int:
 def _hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
     found = {f"{name}.{key}": getattr(getattr(config, name), key) for name, keys in _SETTINGS.items() for key in keys}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _put_first(summary: Summary) -> None:
+    """TensorBoard sorts settings by name, those that are declared to differ between runs before the others."""
+    data = summary.value[0].metadata.plugin_data
+    declared = HParamsPluginData.FromString(data.content)
+    for setting in declared.experiment.hparam_infos:
+        setting.differs = setting.name in _FIRST_SETTINGS
+    data.content = declared.SerializeToString()
 
 
 def _shown(value: object) -> str:

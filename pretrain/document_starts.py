@@ -17,6 +17,8 @@ from torch import Tensor
 from model.process_groups import device
 from pretrain.config import RunConfig
 
+NUMBER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class WithinDocuments:
     """The samples of a `GPTDataset` with positions that begin anew at every document."""
@@ -45,14 +47,15 @@ def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor
     tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
     if not config.data.within_documents:
         return tokens, positions, None
-    return tokens, positions, outside_mask(positions, causal=not config.model.bidirectional)
+    kind = NUMBER_TYPES[config.train.precision]
+    return tokens, positions, outside_mask(positions, kind, causal=not config.model.bidirectional)
 
 
-def outside_mask(positions: Tensor, *, causal: bool) -> Tensor:
-    """What a query may not see, bool `(batch, 1, seq, seq)` as megatron-core has it (True: hidden), from
-    `positions (batch, seq)`: other documents, and the tokens to come if `causal`."""
+def outside_mask(positions: Tensor, kind: torch.dtype, *, causal: bool) -> Tensor:
+    """What a query may not see: -inf in `(batch, 1, seq, seq)`, else 0, from `positions (batch, seq)`. These are other
+    documents, and the tokens to come if `causal`."""
     document = (positions == 0).cumsum(-1)
     hidden = document[:, None, :, None] != document[:, None, None, :]
     if causal:
         hidden = hidden | torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
-    return hidden
+    return torch.zeros(hidden.shape, dtype=kind, device=hidden.device).masked_fill_(hidden, -torch.inf)

@@ -114,7 +114,13 @@ def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator
                     continue
                 moved = abs(math.log2(tensor / config.parallel.tensor)) + math.log2(train.micro_batch / micro_batch)
                 moved += 0.0 if global_batch == train.global_batch else _FAR
-                plain = Setup(layout, micro_batch, train.precision, config.deepspeed.stage)
+                plain = Setup(
+                    layout,
+                    micro_batch,
+                    train.precision,
+                    config.deepspeed.stage,
+                    within_documents=config.data.within_documents,
+                )
                 for setup, distance in _variants(config, model, plain):
                     yield Candidate(setup, global_batch, moved + distance)
 

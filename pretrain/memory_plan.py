@@ -21,7 +21,7 @@ micro-step the two are never there together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model.activations import FP32_BYTES, Activations, activation_bytes
@@ -63,6 +63,7 @@ class Setup:
     offload: bool = False
     recompute: Recompute = "none"
     zero: ZeroBuffers = ZeroBuffers()
+    within_documents: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -131,6 +132,10 @@ def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> M
         element_bytes=e,
         recompute=setup.recompute,
     )
+    if setup.within_documents:
+        # The mask of all layers (pretrain/document_starts.py).
+        mask = setup.micro_batch * model.sequence_length**2 * e
+        activations = replace(activations, kept=activations.kept + mask)
     states = _partitioned(shards, setup) if setup.stage == 3 else _flat(shards, setup)
     return MemoryPlan(
         states.weights,

@@ -110,6 +110,7 @@ def setup_of(config: RunConfig, processes: int) -> Setup:
         offload=config.deepspeed.offload_optimizer,
         recompute=config.train.recompute,
         zero=zero_buffers(config),
+        within_documents=config.data.within_documents,
     )
 
 

@@ -8,11 +8,13 @@ from model.activations import activation_bytes
 from model.config import ModelConfig
 from model.gpt import build_model
 from model.process_groups import initialize_process_groups
+from pretrain.document_starts import outside_mask, positions_within
 from tests.distributed import run
 from tests.parallel_engine import uniform_ranks
 from tests.parallel_model import positions_of, small_config, some_tokens
 
 RANK, SEQUENCES = 16, 5
+END = 0
 FORMS = {"factored": "all", "factored mlp": "mlp", "additive": "all", "dense": "all"}
 
 
@@ -21,7 +23,9 @@ def _config(family: str, form: str, **changes: object) -> ModelConfig:
     return small_config(family, form.split()[0], FORMS[form], **sizes)
 
 
-def _saved_bytes(configs: list[ModelConfig], dtype: torch.dtype, tensor: int) -> list[int]:
+def _saved_bytes(
+    configs: list[ModelConfig], dtype: torch.dtype, tensor: int, within_documents: bool = False
+) -> list[int]:
     """Of all storages that autograd holds on to, parameters and buffers apart."""
     initialize_process_groups(tensor)
     totals = []
@@ -36,7 +40,11 @@ def _saved_bytes(configs: list[ModelConfig], dtype: torch.dtype, tensor: int) ->
             return values
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
-            model(tokens, positions_of(tokens), None, labels=labels).mean()
+            positions, mask = positions_of(tokens), None
+            if within_documents:
+                positions = positions_within(tokens, END)
+                mask = outside_mask(positions, dtype, causal=True)
+            model(tokens, positions, mask, labels=labels).mean()
         storages = {values.untyped_storage().data_ptr(): values.untyped_storage().nbytes() for values in kept}
         totals.append(sum(size for place, size in storages.items() if place not in own))
     return totals
@@ -57,6 +65,18 @@ def _check(configs: list[ModelConfig], dtype: torch.dtype, tensor: int) -> None:
 
 def test_a_factored_model_keeps_what_is_planned() -> None:
     _check([_config(family, "factored") for family in ("llama", "gpt2")], torch.bfloat16, 2)
+
+
+def test_all_layers_keep_one_mask_of_documents() -> None:
+    configs = [_config(family, "factored", sequence_length=96) for family in ("llama", "gpt2")]
+    without, within = (_saved_bytes_of_one(configs, masked) for masked in (False, True))
+    for before, after in zip(without, within, strict=True):
+        assert after - before == pytest.approx(SEQUENCES * 96 * 96 * torch.bfloat16.itemsize, rel=0.05)
+
+
+def _saved_bytes_of_one(configs: list[ModelConfig], within_documents: bool) -> list[int]:
+    (found,) = run(_saved_bytes, 1, configs, torch.bfloat16, 1, within_documents)
+    return found
 
 
 @pytest.mark.matrix

@@ -39,7 +39,7 @@ def losses_and_gradient(family: str, tensor: int, recompute: Recompute, *, apart
         )
     else:
         positions = positions_within(tokens, END)
-        losses = model(tokens, positions, outside_mask(positions, causal=True), labels=labels)
+        losses = model(tokens, positions, outside_mask(positions, torch.float32, causal=True), labels=labels)
     losses.mean().backward()
     gradient = model.embedding.word_embeddings.weight.grad
     assert gradient is not None
