@@ -76,6 +76,7 @@ def network(count: int) -> Iterator[list[Host]]:
         folder = Path(name)
         hosts = [Host(f"host{n}", f"espalier_{os.getpid()}_{n}", f"{SUBNET}.{n}", folder) for n in range(1, count + 1)]
         _write_settings(folder, hosts)
+        Path("/run/sshd").mkdir(exist_ok=True)  # which sshd wants, and only a system that starts it makes
         try:
             _ip("netns", "add", switch)
             _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
@@ -129,7 +130,6 @@ def _write_settings(folder: Path, hosts: Sequence[Host]) -> None:
 
 
 def _wait_for(hosts: Sequence[Host]) -> None:
-    Path("/run/sshd").mkdir(exist_ok=True)
     for host in hosts:
         end = time.monotonic() + 20.0
         probe = hosts[0].command(["ssh", host.name, "true"])
