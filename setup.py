@@ -36,15 +36,17 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        "evaluation": ["lm_eval[hf]==0.4.11"],
         "test": [
             "mypy>=1.15",
             "peft>=0.18",
             "pytest>=8.1",
             "pytest-timeout",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "types-PyYAML",
             "types-psutil",
             "types-tqdm",
-        ]
+        ],
     },
 )

@@ -40,5 +40,6 @@ echo "ruff format"
 echo "mypy"
 "$espalier_python" -m mypy || status=1
 echo "pytest"
-"$espalier_python" -m pytest || status=1
+# Whole files to each of two processes, which keep workers of their own (tests/distributed.py).
+"$espalier_python" -m pytest --numprocesses 2 --dist loadfile || status=1
 exit $status

@@ -114,7 +114,7 @@ def _dry_run(monkeypatch: pytest.MonkeyPatch, module: object, *arguments: str) -
     module.main()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("script", ["multinode.sh", "supervise.sh"])
+@pytest.mark.parametrize("script", ["multinode.sh", pytest.param("supervise.sh", marks=pytest.mark.slow)])
 def test_a_script_hands_its_arguments_on(script: str) -> None:
     environment = os.environ | {"ESPALIER_USE_CURRENT_PYTHON": "1", "ESPALIER_PYTHON": sys.executable}
     command = ["bash", f"launch/{script}", "--no-such-option"]
@@ -167,6 +167,7 @@ def test_a_node_starts_its_own_processes(
         _dry_run(monkeypatch, node, *place[:3], "2", *place[4:], "--config", str(config))
 
 
+@pytest.mark.slow
 def test_the_slurm_script_shows_a_task(config: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     environment |= {"ESPALIER_USE_CURRENT_PYTHON": "1", "ESPALIER_PYTHON": sys.executable, "ESPALIER_SLOTS": "2"}

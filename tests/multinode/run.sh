@@ -24,7 +24,10 @@ if [ ${#missing[@]} -gt 0 ]; then
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "${missing[@]}"; } >/dev/null 2>&1 ||
         skip "${missing[*]} cannot be installed"
 fi
+# A container may lack the right, or the kernel a module.
 ip netns add espalier_trial 2>/dev/null || skip "this system makes no network namespaces"
+trial() { ip -n espalier_trial link add "$@" 2>/dev/null; }
+{ trial bridge type bridge && trial wire type veth peer name other; } || { ip netns delete espalier_trial; skip "this system makes no bridges or virtual links"; }
 ip netns delete espalier_trial
 # shellcheck source=launch/environment.sh
 source launch/environment.sh --test

@@ -27,6 +27,7 @@ def _rows(flags: list[str], file: str) -> None:
         benchmark_augmentation.measure(benchmark_augmentation.parse_arguments())
 
 
+@pytest.mark.slow
 def test_benchmark_writes_rows_of_a_real_run(tmp_path: Path) -> None:
     run(_rows, 1, ["--events", "2", "--steps", "2", "--repeats", "1"], str(tmp_path / "rows.json"))
     facts = json.loads((tmp_path / "rows.json").read_text())
@@ -62,7 +63,7 @@ def _held(tensor: int, stage: int, precision: str, **other_sizes: int) -> list[d
 @pytest.mark.parametrize(
     ("processes", "tensor", "stage", "precision"),
     [
-        (2, 1, 1, "bf16"),
+        pytest.param(2, 1, 1, "bf16", marks=pytest.mark.slow),
         (2, 1, 3, "bf16"),
         *(pytest.param(2, 2, stage, "fp32", marks=pytest.mark.matrix) for stage in range(4)),
         *(pytest.param(4, 2, stage, "bf16" if stage else "fp32", marks=pytest.mark.matrix) for stage in range(4)),

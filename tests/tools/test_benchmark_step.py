@@ -132,6 +132,7 @@ def test_matrix_products_of_a_layer() -> None:
 # The tool -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tool_writes_rows_table_and_profile(tmp_path: Path) -> None:
     sizes = ["--layers", 1, "--hidden", 32, "--heads", 2, "--sequence", 16, "--micro-batch", 1, "--vocabulary", 300]
     fast = ["--contestants", "factored", "dense", "--warm-up", 1, "--repeats", 2, "--precision", "fp32"]
