@@ -19,8 +19,9 @@ from pretrain.checkpoint_format import FP32_BYTES, KEYS
 from pretrain.config import RunConfig, dump_config
 from pretrain.rank_outlook import moments
 from pretrain.run_folder import git_revision, installed_versions
+from pretrain.tokenizer import main_file
 
-CORPUS_SUFFIXES = (".idx", ".bin")
+CORPUS_SUFFIXES = (".bin", ".idx", ".json")
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,19 @@ def checkpoints_bytes(config: RunConfig) -> int:
     return FP32_BYTES * numbers * (config.checkpoint.keep + 1)
 
 
+def tokenizer_file(config: RunConfig) -> Path:
+    """The file that is read as `data.tokenizer`, which may name its folder."""
+    path = Path(config.data.tokenizer)
+    name = main_file({file.name for file in path.iterdir()}) if path.is_dir() else None
+    return path / name if name else path
+
+
 def _files(config: RunConfig) -> dict[str, str]:
-    paths = {
-        f"{prefix} ({suffix})": Path(prefix + suffix) for prefix in config.data.prefixes() for suffix in CORPUS_SUFFIXES
-    }
-    paths["data.tokenizer"] = Path(config.data.tokenizer)
+    """Sizes by name; a name begins with the setting."""
+    data = config.data
+    trained_on = "data.prefix" if data.blend is None else "data.blend"
+    named = [(trained_on, prefix) for prefix in data.weights()]
+    named += [("data.validation", prefix) for prefix in data.validation.values()]
+    paths = {f"{name} {prefix}{suffix}": Path(prefix + suffix) for name, prefix in named for suffix in CORPUS_SUFFIXES}
+    paths["data.tokenizer"] = tokenizer_file(config)
     return {name: f"{path.stat().st_size:,} bytes" if path.is_file() else "missing" for name, path in paths.items()}

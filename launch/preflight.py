@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.links import SLOW_SHARE, between, within
-from launch.node_facts import NodeFacts, checkpoints_bytes, gather, nearest_folder
+from launch.node_facts import NodeFacts, checkpoints_bytes, gather, nearest_folder, tokenizer_file
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.tokenizer import open_tokenizer
@@ -251,7 +251,7 @@ def preflight(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _needed_bytes(config: RunConfig) -> int:
-    if not Path(config.data.tokenizer).is_file():
+    if not tokenizer_file(config).is_file():
         return 0  # said as a missing file
     return checkpoints_bytes(config.with_vocabulary(open_tokenizer(config.data.tokenizer).vocabulary))
 

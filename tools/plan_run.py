@@ -36,7 +36,7 @@ HOST_MEMORY_BYTES_PER_SECOND = 200e9
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
     """The config with its vocabulary, from itself or from its tokenizer."""
-    if Path(config.data.tokenizer).is_file():
+    if Path(config.data.tokenizer).exists():
         return config.with_vocabulary(open_tokenizer(config.data.tokenizer).vocabulary)
     if config.model.vocabulary == 0:
         raise ConfigError(

@@ -20,7 +20,7 @@ from tests.tools.test_wikitext import SHARES, text_of
 from tests.training_runs import make_corpus
 
 ALL = [command for page in PAGES for command in commands(page)]
-RUN = ("docs/data.md",)
+RUN = ("docs/data.md", "docs/paper.md")
 OTHERS = {"source", "tensorboard", "kubectl", "pip", "lm_eval", "huggingface-cli", "srun"}
 """Programs that are not ours; `tests/security/test_network.py` starts TensorBoard as documented."""
 

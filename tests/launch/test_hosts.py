@@ -20,6 +20,7 @@ from launch.node_facts import NodeFacts, checkpoints_bytes, gather, nearest_fold
 from launch.preflight import judge, slow_links
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError
+from tests.huggingface_files import byte_level
 from tests.training_runs import make_corpus, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,6 +226,29 @@ def test_a_node_that_differs_is_named(config: Path, tmp_path: Path, change: dict
         change = {"files": here.files | {"data.tokenizer": "missing"}}
     errors, _ = judge([here, replace(here, host="other", **change)], run, 1)  # type: ignore[arg-type]
     assert any(words in error for error in errors), errors
+
+
+def test_all_corpora_and_a_tokenizers_folder_are_looked_for(config: Path, tmp_path: Path) -> None:
+    byte_level(tmp_path / "gpt2")
+    prefix = load_config(str(config)).data.prefix
+    run = load_config(
+        str(config),
+        [
+            "data.prefix=null",
+            f"data.blend={{{prefix}: 1, {tmp_path}/other: 2}}",
+            "data.split=null",
+            f"data.validation={{books: {tmp_path}/books}}",
+            f"data.tokenizer={tmp_path}/gpt2",
+        ],
+    )
+    here = facts(run, tmp_path)
+    errors, _ = judge([here], run, 1)
+    missing = [error.partition(": copy it there")[0].partition("does not find ")[2] for error in errors]
+    assert missing == [
+        *(f"data.blend {tmp_path}/other{suffix}" for suffix in (".bin", ".idx", ".json")),
+        *(f"data.validation {tmp_path}/books{suffix}" for suffix in (".bin", ".idx", ".json")),
+    ]
+    assert "or set data.blend to a shared file" in errors[0]
 
 
 def test_a_clock_that_is_off_and_a_slow_link_are_warned_about(config: Path, tmp_path: Path) -> None:
