@@ -185,6 +185,7 @@ part_done
 part export
 "$espalier_python" "$root/tools/consolidate_checkpoint.py" --checkpoint "$out" --output "$out/consolidated" --overwrite
 "$espalier_python" "$root/tools/densify_checkpoint.py" --input "$out/consolidated" --output "$out/export" --overwrite
+"$espalier_python" "$root/tools/report.py" --run "$out" >/dev/null
 part_done
 
 part generation
@@ -200,6 +201,7 @@ The factored model: $out/consolidated
 The dense model:    $out/export
 
 Curves, ranks and spectra:  tensorboard --logdir "$out"
+The same in one page:       $out/report.html
 The dense model in Python:
   from transformers import AutoModelForCausalLM, AutoTokenizer
   model = AutoModelForCausalLM.from_pretrained("$out/export")
