@@ -20,8 +20,8 @@ from pretrain.config import RunConfig
 from pretrain.spectrum_report import TRACKING_CHARTS
 from pretrain.spending import Spending
 
-UNMARKED = ("validation", "decision", "null")
-"""Kinds of events that are curves of their own, or come before the first loss."""
+UNMARKED = ("validation", "decision", "null", "checkpoint")
+"""Kinds of events that are curves of their own, come before the first loss, or are too many."""
 CHARTS = {
     "Espalier": {
         "loss, with events": ["Multiline", ["train/lm_loss", "validation/lm_loss", "event/.*"]],

@@ -61,7 +61,7 @@ def _body(run: RunHistory, beside: RunHistory | None) -> Iterator[str]:
         yield from _section("Rank map", [_image(report_figures.rank_map(run), "rank by layer and step")])
     spectrum = report_figures.singular_values(run)
     if spectrum is not None and run.spectra is not None:
-        text = f'<p class="note">Step {run.spectra[0]:,}; shallow layers green, deep ones blue.</p>'
+        text = f'<p class="note">Step {run.spectra[0]:,}; shallow layers blue, deep ones green.</p>'
         yield from _section("Singular values", [_image(spectrum, "singular values"), text])
     if run.ranks:
         yield from _section("Ranks at the end", _ranks(run))

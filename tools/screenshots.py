@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
 
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.processes import free_port
@@ -31,22 +34,23 @@ _SHOT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture: an address, and the size of the window."""
+    """One picture: an address, the size of the window, and how many pixels a point of it gets on a side."""
 
     name: str
     address: str
     width: int
     height: int
+    scale: int = 1
 
 
 def tensorboard_shots(root: str) -> list[Shot]:
     """The pages that the documentation shows."""
+    images = quote("^(rank/map|spectrum/singular_values)$")
     return [
-        Shot("tensorboard_charts", f"{root}/#custom_scalars", 1500, 1150),
-        Shot("tensorboard_rank_map", f"{root}/#images&tagFilter=rank%2Fmap", 1500, 800),
-        Shot("tensorboard_spectra", f"{root}/#images&tagFilter=singular_values", 1500, 700),
-        Shot("tensorboard_events", f"{root}/#text", 1500, 1000),
-        Shot("tensorboard_settings", f"{root}/#hparams", 1500, 500),
+        Shot("tensorboard_charts", f"{root}/#custom_scalars&_smoothingWeight=0", 1500, 770),
+        Shot("tensorboard_images", f"{root}/#images&tagFilter={images}", 1140, 500, scale=2),
+        Shot("tensorboard_events", f"{root}/#text&tagFilter=augmentation", 1100, 560),
+        Shot("tensorboard_settings", f"{root}/#hparams", 1780, 260),
     ]
 
 
@@ -59,13 +63,13 @@ def find_browser() -> str:
 
 
 def take(browser: str, shot: Shot, output: Path) -> None:
-    """Writes `output/NAME.png`; the page gets twenty seconds of its own time to finish."""
+    """Writes `output/NAME.png`, in 256 colours; the page gets twenty seconds of its own time to finish."""
     path = output.resolve() / f"{shot.name}.png"
     with tempfile.TemporaryDirectory() as profile:
         command = [
             browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking",
             f"--user-data-dir={profile}", f"--screenshot={path}", f"--window-size={shot.width},{shot.height}",
-            "--virtual-time-budget=20000",
+            "--virtual-time-budget=20000", f"--force-device-scale-factor={shot.scale}",
         ]  # fmt: skip
         if os.geteuid() == 0:
             command.append("--no-sandbox")  # which root cannot have
@@ -74,18 +78,24 @@ def take(browser: str, shot: Shot, output: Path) -> None:
         )
     if answer.returncode or not path.is_file():
         raise EspalierError(f"{browser} took no picture of {shot.address}: {answer.stderr.strip()[-300:]}")
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
 @contextmanager
 def tensorboard(runs: list[RunHistory]) -> Iterator[str]:
     """The address of a TensorBoard that has read all runs."""
     with tempfile.TemporaryDirectory() as folder:
+        shown = Path(folder) / "runs"
+        shown.mkdir()
         for run in runs:
-            (Path(folder) / run.name).symlink_to((run.folder / "tensorboard").resolve())
+            (shown / run.name).symlink_to((run.folder / "tensorboard").resolve())
         port = free_port()
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", shown.name, "--host", "127.0.0.1"]
         server = subprocess.Popen(
             [*command, "--port", str(port), "--load_fast", "false"],
+            cwd=folder,  # the page shows the folder's name
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -124,7 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.html"
         report.write_text(page(*runs), encoding="utf-8")
-        take(browser, Shot("report", report.as_uri(), 1200, 2600), arguments.output)
+        take(browser, Shot("report", report.as_uri(), 1200, 2500), arguments.output)
     with tensorboard(runs) as root:
         for shot in tensorboard_shots(root):
             take(browser, shot, arguments.output)
