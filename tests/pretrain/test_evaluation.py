@@ -76,7 +76,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
         find_model(tmp_path / "nothing", 1)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no export of ours"):
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
         find_model(tmp_path / "foreign", 1)
     with pytest.raises(ConfigError, match="is not split over processes"):
         find_model(tmp_path / "foreign", 2)

@@ -109,7 +109,7 @@ def test_choice_depends_on_seed_and_place_alone(samples: Callable[..., Any]) -> 
     assert not torch.equal(batch_at(samples(seed=2), 0, 32)["tokens"], expected)
     chosen = batch_at(masked, 0, 32)["loss_mask"]
     assert len({tuple(row.tolist()) for row in chosen}) == 32
-    assert not torch.equal(batch_at(samples("validation"), 0, 24)["loss_mask"], chosen[:24])
+    assert not torch.equal(batch_at(samples("validation")[""], 0, 24)["loss_mask"], chosen[:24])
 
 
 def test_another_epoch_hides_other_tokens(samples: Callable[..., Any]) -> None:
@@ -293,7 +293,7 @@ def _plain_validation(folder: Path, scratch: Path) -> tuple[float, float]:
     opened = open_corpus(
         config.data, model, training_samples=96, validation_samples=24, seed=config.run.seed, cache=scratch
     )
-    batch = batch_at(corpus_for(config.train, opened, config.run.seed).validation, 0, 24)
+    batch = batch_at(corpus_for(config.train, opened, config.run.seed).validation[""], 0, 24)
     tensors = {name: reader.read(name, "master") for name in reader.layouts}
     logits = reference_logits(model, reader.state["ranks"], tensors, batch["tokens"])
     chosen = batch["loss_mask"].bool()

@@ -448,7 +448,7 @@ def test_missing_and_truncated_data_are_named(corpus: Path, tmp_path: Path) -> N
         damaged = copy / f"corpus{suffix}"
         damaged.write_bytes(damaged.read_bytes()[:-3])
         assert f"corpus{suffix}" in _refused(DataError, corpus, tmp_path / "c", f"data.prefix={copy / 'corpus'}")
-    assert "model.vocabulary" in _refused(ConfigError, corpus, tmp_path / "d", "model.vocabulary=1000")
+    assert "model.vocabulary" in _refused(ConfigError, corpus, tmp_path / "d", "model.vocabulary=300")
 
 
 def test_resume_needs_the_same_model_and_a_whole_checkpoint(corpus: Path, tmp_path: Path) -> None:

@@ -353,19 +353,28 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.glob("starts/*"))
 
 
-def test_tokenizer_of_another_size_is_refused(saved: Maker, imported: Callable[..., ConsolidatedModel]) -> None:
+def _resize(folder: Path, rows: int) -> None:
+    def resized(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "embed" in name or "lm" in name]:
+            tensors[name] = nn.functional.pad(tensors[name], (0, 0, 0, rows - len(tensors[name]))).contiguous()
+
+    _edit_tensors(folder, resized)
+
+
+def test_a_larger_tokenizer_is_refused_and_rows_to_spare_are_said(
+    saved: Maker, imported: Callable[..., ConsolidatedModel], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = saved("llama")
-    _edit(folder, vocab_size=500)
+    _edit(folder, vocab_size=900)
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens|lm_head"):
         imported(folder, "dense")
-    _edit_tensors(
-        folder,
-        lambda t: t.update(
-            {n: nn.functional.pad(t[n], (0, 0, 0, 500 - len(t[n]))) for n in t if "embed" in n or "lm" in n}
-        ),
-    )
-    with pytest.raises(CheckpointError, match=r"tokens, and the vocab_size of .* is 500"):
-        imported(folder, "dense")
+    _resize(folder, 900)
+    assert imported(folder, "dense").config.vocabulary == 900
+    assert "the embedding has 900 rows" in capsys.readouterr().out
+    _edit(folder, vocab_size=100)
+    _resize(folder, 100)
+    with pytest.raises(CheckpointError, match=r"tokens, and the vocab_size of .* is 100"):
+        imported(folder, "dense", "--overwrite")
 
 
 @pytest.mark.parametrize(
