@@ -34,7 +34,7 @@ from tools.text_encoding import Batch, Encoded
 
 BATCH_CHARACTERS = 1 << 20
 """Text handed to a worker at a time."""
-PART_CHARACTERS = 1 << 26
+PART_CHARACTERS = 1 << 25
 """Text of a part; at most so much is tokenized twice by a tool that was killed."""
 UNIT_BYTES = 1 << 26
 """Input files are taken together up to this size on disk."""
