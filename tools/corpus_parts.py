@@ -28,7 +28,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.errors import DataError
 from pretrain.index_check import files_of, scan_index
-from pretrain.run_folder import replace_text
 from tools.documents import read_documents
 from tools.text_encoding import Batch, Encoded
 
@@ -189,13 +188,11 @@ class PartFolder:
         return self.path / f"{unit.digest}_{number:05d}"
 
     def _commit(self, staged: Path, prefix: Path, facts: PartFacts) -> None:
-        *sources, _ = files_of(staged)
-        *targets, facts_path = files_of(prefix)
-        for source, target in zip(sources, targets, strict=True):
+        files_of(staged)[2].write_text(facts.model_dump_json() + "\n", encoding="utf-8")
+        for source, target in zip(files_of(staged), files_of(prefix), strict=True):  # the .json comes last
             flush_to_disk(source)
             source.replace(target)
         flush_to_disk(self.path)
-        replace_text(facts_path, facts.model_dump_json() + "\n")
 
     def _remove_if_empty(self) -> None:
         if self.path.is_dir() and all(path.suffix == ".lock" for path in self.path.iterdir()):

@@ -59,22 +59,23 @@ def main() -> None:
         overwrite=arguments.overwrite,
     )
     try:
+        tokens = job.tokenize(arguments.node, arguments.nodes)
         if arguments.nodes > 1:
-            job.tokenize(arguments.node, arguments.nodes)
             print(
                 f"node {arguments.node} of {arguments.nodes} has done its share: when all have, give the same command "
                 "without --nodes and --node"
             )
             return
-        facts = job.run()
+        facts = job.join()
     finally:
         if folder.path.is_dir():
             print(f"complete parts are kept in {folder.path}: the same command goes on from there", file=sys.stderr)
     seconds = time.perf_counter() - start
+    went_on = f"; {facts.tokens - tokens:,} tokens were there" if tokens < facts.tokens else ""
     print(
         f"{prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens ({facts.token_type}), "
         f"{facts.text_bytes:,} bytes of text ({facts.text_bytes / facts.tokens:.2f} a token)\n"
-        f"{seconds:.1f} s, {facts.tokens / seconds:,.0f} tokens/s with {arguments.workers} workers\n"
+        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s with {arguments.workers} workers{went_on}\n"
         f"{facts.round_trip_exceptions} documents do not decode to themselves"
     )
 
@@ -91,7 +92,9 @@ def preprocess(
 ) -> CorpusFacts:
     """Writes the corpus of the documents in `files`."""
     tokenizer = open_tokenizer(tokenizer_model)
-    return Job(files, prefix, tokenizer, tuple(json_keys), append_eod, workers, overwrite).run()
+    job = Job(files, prefix, tokenizer, tuple(json_keys), append_eod, workers, overwrite)
+    job.tokenize(0, 1)
+    return job.join()
 
 
 @dataclass(frozen=True)
@@ -106,25 +109,8 @@ class Job:
     workers: int
     overwrite: bool
 
-    def run(self) -> CorpusFacts:
-        """Makes the parts that are missing, and the corpus of all of them."""
-        self.tokenize(0, 1)
-        folder, units = PartFolder(self.prefix), self._units()
-        try:
-            with folder.held(0, 1), tempfile.TemporaryDirectory(dir=self.prefix.parent, prefix=".join.") as staging:
-                staged = Path(staging, "corpus")
-                facts = self._join(folder, units, staged)
-                # The facts come last: together with the fingerprint in them they make the three files one corpus.
-                for source, target in zip(files_of(staged), files_of(self.prefix), strict=True):
-                    source.replace(target)
-                flush_to_disk(self.prefix.parent)
-                folder.clear()
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        return facts
-
-    def tokenize(self, node: int, nodes: int) -> None:
-        """Makes the missing parts of every `nodes`-th unit, from unit `node` on."""
+    def tokenize(self, node: int, nodes: int) -> int:
+        """Makes the missing parts of every `nodes`-th unit, from unit `node` on; how many tokens that were."""
         _check_output(self.prefix, self.overwrite)
         # megatron-core takes seconds to import, and what it warns of is no concern here.
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
@@ -145,8 +131,25 @@ class Job:
                         written, tokens = written + len(piece.lengths), tokens + len(piece.tokens)
                         progress.update(piece.batch.stored_bytes_read - progress.n)
                         progress.set_postfix_str(f"{written} documents, {tokens / 1e6:.2f} M tokens", refresh=False)
+                return tokens
         except OSError as error:
             raise self._cannot_write(error) from error
+
+    def join(self) -> CorpusFacts:
+        """Makes the corpus of all parts."""
+        folder, units = PartFolder(self.prefix), self._units()
+        try:
+            with folder.held(0, 1), tempfile.TemporaryDirectory(dir=self.prefix.parent, prefix=".join.") as staging:
+                staged = Path(staging, "corpus")
+                facts = self._join(folder, units, staged)
+                # The facts come last: together with the fingerprint in them they make the three files one corpus.
+                for source, target in zip(files_of(staged), files_of(self.prefix), strict=True):
+                    source.replace(target)
+                flush_to_disk(self.prefix.parent)
+                folder.clear()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return facts
 
     def _units(self) -> list[Unit]:
         settings = {

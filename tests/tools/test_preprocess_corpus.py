@@ -173,7 +173,8 @@ def test_a_changed_file_is_tokenized_again(
     job = Job(files, tmp_path / "corpus", tokenizer, ("text",), True, 1, False)
     job.tokenize(0, 1)
     files[3].write_text("x = 1\n", encoding="utf-8")
-    job.run()
+    job.tokenize(0, 1)
+    job.join()
     assert [*tokenizer.encode("x = 1\n"), tokenizer.end_of_document] in documents_of(tmp_path / "corpus")
     preprocess(files, tmp_path / "anew", tokenizer.path)
     assert documents_of(tmp_path / "corpus") == documents_of(tmp_path / "anew")
@@ -208,7 +209,7 @@ def test_a_damaged_part_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tokens,) = (tmp_path / "corpus.parts").glob("*.bin")
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"last end: the sequences end at byte"):
-        job.run()
+        job.join()
     assert not (tmp_path / "corpus.bin").exists()
 
 
