@@ -111,7 +111,10 @@ def _write_settings(folder: Path, hosts: Sequence[Host]) -> None:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     (folder / "authorized_keys").write_bytes((folder / "user_key.pub").read_bytes())
     (folder / "hosts").write_text(
-        "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in hosts), encoding="utf-8"
+        "127.0.0.1 localhost\n"
+        # The second name is what launch/kubernetes.yaml gives its pods.
+        + "".join(f"{host.address} {host.name} espalier-{n}.espalier\n" for n, host in enumerate(hosts)),
+        encoding="utf-8",
     )
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\nPermitRootLogin yes\n"

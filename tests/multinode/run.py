@@ -2,6 +2,7 @@
 
     bash tests/multinode/run.sh            (as root; installs what is missing)
     bash tests/multinode/run.sh --openmpi
+    bash tests/multinode/run.sh --pods
 
 Three hosts of two processes: tensor parallel inside, data parallel across. Ranks grow, checkpoints are written; the
 third host's link goes down, and the run ends with a sentence; with the two hosts that are left it goes on. Prints what
@@ -17,20 +18,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+import yaml
+
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
 from tests.multinode.hosts import Host, network
 from tests.training_runs import make_corpus, write_config
 
+ROOT = Path(__file__).resolve().parents[2]
 SLOTS, STEPS, CUT_AFTER, GROWTH = 2, 40, 12, 8
 HANG_SECONDS = 30
 MOST_SECONDS = 600.0
 
 
 class Launch:
-    """`launch/multinode.sh`, started on the first host."""
+    """A command that was started on a host."""
 
-    def __init__(self, host: Host, hostfile: Path, config: Path, output: Path, *more: str, **environment: str) -> None:
-        command = ["bash", "launch/multinode.sh", "--hostfile", str(hostfile), "--config", str(config), *more]
+    def __init__(self, host: Host, command: Sequence[str], output: Path, **environment: str) -> None:
         self.output, self.began = output, time.perf_counter()
         self.process = host.start(command, output, environment)
 
@@ -62,6 +66,12 @@ class Launch:
             raise SystemExit(f"{complaint}; what was said:\n{self.said[-6000:]}")
 
 
+def multinode(host: Host, hostfile: Path, config: Path, output: Path, *more: str) -> Launch:
+    """`launch/multinode.sh`, started on a host."""
+    command = ["bash", "launch/multinode.sh", "--hostfile", str(hostfile), "--config", str(config), *more]
+    return Launch(host, command, output)
+
+
 def hostfile(path: Path, hosts: Sequence[Host]) -> Path:
     path.write_text("".join(f"{host.name} slots={SLOTS}\n" for host in hosts))
     return path
@@ -72,15 +82,15 @@ def refusals(hosts: Sequence[Host], config: Path, folder: Path) -> None:
     everybody = hostfile(folder / "hosts", hosts)
     unknown = folder / "unknown"
     unknown.write_text(f"{hosts[0].name} slots=2\nnobody slots=2\n")
-    launch = Launch(hosts[0], unknown, config, folder / "unknown.out")
+    launch = multinode(hosts[0], unknown, config, folder / "unknown.out")
     report("refused: unknown host", launch.ends_with(2, "error: nobody does not answer to ssh"))
     hosts[1].cut()
-    launch = Launch(hosts[0], everybody, config, folder / "unreachable.out")
+    launch = multinode(hosts[0], everybody, config, folder / "unreachable.out")
     report("refused: unreachable host", launch.ends_with(2, f"error: {hosts[1].name} does not answer to ssh"))
     hosts[1].cut(down=False)
     port = 29500
     server = hosts[0].start([sys.executable, "-m", "http.server", str(port)], folder / "server.out", {})
-    launch = Launch(hosts[0], everybody, config, folder / "port.out")
+    launch = multinode(hosts[0], everybody, config, folder / "port.out")
     report("refused: a port in use", launch.ends_with(2, f"port {port} of {hosts[0].name} is in use"))
     server.kill()
 
@@ -89,14 +99,44 @@ def over_mpi(hosts: Sequence[Host], config: Path, folder: Path) -> None:
     """The same run on two hosts, to its end, by mpirun."""
     interfaces = "--allow-run-as-root --mca btl_tcp_if_include wire --mca oob_tcp_if_include wire"
     more = ["--launcher", "openmpi", f"--launcher-args={interfaces}", f"run.folder={folder / 'mpi'}"]
-    launch = Launch(hosts[0], hostfile(folder / "hosts", hosts[:2]), config, folder / "mpi.out", *more)
+    launch = multinode(hosts[0], hostfile(folder / "hosts", hosts[:2]), config, folder / "mpi.out", *more)
     report("OpenMPI: launch to the end of the first step", launch.wait_for("step 1/"))
     launch.ends_with(0, f"step {STEPS}/{STEPS}")
 
 
+def as_pods(hosts: Sequence[Host], config: Path, folder: Path) -> None:
+    """Two hosts as pods, by the command of launch/kubernetes.yaml: one is evicted, and both are started anew."""
+    _, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text(encoding="utf-8"))
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    ours = {"--slots": str(SLOTS), "--config": str(config), "run.folder": str(folder / "pods")}
+    given = dict(argument.split("=", 1) for argument in container["args"])
+    command = [*container["command"], *(f"{key}={value}" for key, value in (given | ours).items())]
+    pods = hosts[: int(given["--nodes"])]
+
+    def start(life: str) -> list[Launch]:
+        return [
+            Launch(pod, command, folder / f"{life}_{index}.out", JOB_COMPLETION_INDEX=str(index))
+            for index, pod in enumerate(pods)
+        ]
+
+    first = start("first")
+    report("pods: start to the end of the first step", first[0].wait_for("step 1/"))
+    first[0].wait_for(f"step {CUT_AFTER}/")
+    evicted = next(
+        p for p in psutil.Process(first[1].process.pid).children(recursive=True) if "launch/node.py" in p.cmdline()
+    )
+    evicted.terminate()
+    report("eviction of a pod to the end of both", max(pod.ends_with(143) for pod in first))
+    second = start("second")
+    second[0].wait_for("[resume] step ")
+    for pod in second:
+        pod.ends_with(0)
+    second[0].wait_for(f"step {STEPS}/{STEPS}")
+
+
 def training(hosts: Sequence[Host], config: Path, folder: Path, run: Path) -> None:
     """From the launch on all hosts to the end on those that are left."""
-    launch = Launch(hosts[0], hostfile(folder / "hosts", hosts), config, folder / "first.out")
+    launch = multinode(hosts[0], hostfile(folder / "hosts", hosts), config, folder / "first.out")
     report("preflight passed", launch.wait_for("preflight: the run may start"))
     report("launch to the end of the first step", launch.wait_for("step 1/"))
     launch.wait_for(f"step {CUT_AFTER}/")
@@ -108,7 +148,7 @@ def training(hosts: Sequence[Host], config: Path, folder: Path, run: Path) -> No
     if not committed:
         raise SystemExit("there is no checkpoint")
     start = time.perf_counter()
-    again = Launch(hosts[0], hostfile(folder / "left", hosts[:-1]), config, folder / "second.out")
+    again = multinode(hosts[0], hostfile(folder / "left", hosts[:-1]), config, folder / "second.out")
     again.wait_for("[resume] step ")
     first = next(line for line in again.said.splitlines() if line.startswith("[resume] step "))
     again.wait_for(f"step {int(first.split()[2]) + 1}/")
@@ -136,6 +176,7 @@ def report(what: str, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train over hosts of one machine.")
     parser.add_argument("--hosts", type=int, default=3, help="2 or 3")
+    parser.add_argument("--pods", action="store_true", help="two of them as the pods of launch/kubernetes.yaml")
     parser.add_argument("--openmpi", action="store_true", help="by mpirun, on two of them, and nothing is cut")
     arguments = parser.parse_args()
     print(f"{arguments.hosts} hosts of {SLOTS} processes on {socket.gethostname()}", flush=True)
@@ -152,6 +193,8 @@ def main() -> None:
         config = write_config(folder / "run.yaml", folder / "corpus", run, **settings)
         if arguments.openmpi:
             over_mpi(hosts, config, folder)
+        elif arguments.pods:
+            as_pods(hosts, config, folder)
         else:
             refusals(hosts, config, folder)
             training(hosts, config, folder, run)
