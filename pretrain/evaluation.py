@@ -11,12 +11,14 @@ window before it has scored, so that with a stride below the length each token b
     last, moved back to end with the text            . . . . x
 
 A stride of the length is what a validation of a run does, and the cheapest; a short one is the usual convention for
-published perplexities (and costs length / stride times as much).
+published perplexities (and costs length / stride times as much). Within documents no window reaches over the end of one:
+each is a stream of its own, as a run with `data.within_documents` sees it.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,29 @@ def _export(folder: Path, tensor: int) -> EvaluatedModel:
     return EvaluatedModel("dense export", settings.max_position_embeddings, folder / name, load)
 
 
+@dataclass(frozen=True)
+class Window:
+    """A row of tokens, and which of them are scored."""
+
+    begin: int
+    length: int
+    scores_from: int
+
+
+def plan_windows(stream: np.ndarray, length: int, stride: int, end_of_document: int | None) -> list[Window]:
+    """All windows, equally long ones side by side; with an `end_of_document` none reaches over one."""
+    cuts = [0, len(stream) - 1]
+    if end_of_document is not None:
+        ends = np.flatnonzero(stream[1:-1] == end_of_document) + 1
+        cuts = [0, *ends.tolist(), len(stream) - 1]
+    planned = [
+        Window(first + begin, min(length, last - first), scores_from)
+        for first, last in pairwise(cuts)
+        for begin, scores_from in windows(last - first, length, stride)
+    ]
+    return sorted(planned, key=lambda window: -window.length)
+
+
 def windows(predictions: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
     """Where each window begins, and from which of its places on it scores."""
     length = min(length, predictions)
@@ -167,16 +192,21 @@ def evaluate(
     length: int,
     stride: int,
     micro_batch: int,
+    end_of_document: int | None = None,
 ) -> Evaluation:
     """All processes call it; each data-parallel one takes every `data_size`-th micro-batch of windows, and the sums are
-    the same but for rounding on any number of them."""
-    predictions = len(stream) - 1
-    places = list(windows(predictions, length, stride))
-    length = min(length, predictions)
+    the same but for rounding on any number of them. With an `end_of_document` documents are seen one by one."""
+    planned = plan_windows(stream, length, stride, end_of_document)
+    length = planned[0].length
     sums, lengths = LossSums(), torch.from_numpy(byte_lengths)
-    starts = range(data_index() * micro_batch, len(places), data_size() * micro_batch)
-    for start in starts:
-        tokens, labels, mask = _batch(stream, places[start : start + micro_batch], length)
+    batches = [
+        found[first : first + micro_batch]
+        for _, group in groupby(planned, key=lambda window: window.length)
+        for found in [list(group)]
+        for first in range(0, len(found), micro_batch)
+    ]
+    for batch in batches[data_index() :: data_size()]:
+        tokens, labels, mask = _batch(stream, batch)
         sums.add(losses(tokens, labels), mask, lengths[labels])
     nats, tokens_seen, text_bytes = sums.total()
     mean = nats / tokens_seen
@@ -184,7 +214,9 @@ def evaluate(
     return Evaluation(mean, perplexity(mean), bits, int(tokens_seen), int(text_bytes), length, stride)
 
 
-def _batch(stream: np.ndarray, places: Sequence[tuple[int, int]], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = torch.from_numpy(np.stack([stream[begin : begin + length + 1] for begin, _ in places]).astype(np.int64))
-    scores_from = torch.tensor([first for _, first in places])[:, None]
+def _batch(stream: np.ndarray, batch: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of equally long windows."""
+    length = batch[0].length
+    tokens = np.stack([stream[window.begin : window.begin + length + 1] for window in batch]).astype(np.int64)
+    rows, scores_from = torch.from_numpy(tokens), torch.tensor([window.scores_from for window in batch])[:, None]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(length) >= scores_from

@@ -52,6 +52,7 @@ def main() -> None:
             length=model.positions,
             stride=stride,
             micro_batch=arguments.micro_batch,
+            end_of_document=tokenizer.end_of_document if arguments.within_documents else None,
         )
         if is_first_process():
             if arguments.json is not None:
@@ -108,6 +109,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="0,0,100", help="of the corpus, as data.split (all of it)", metavar="A,B,C")
     parser.add_argument("--share", choices=SHARES, default="test", help="which share of --split (test)")
     parser.add_argument("--stride", type=positive, help="tokens between windows (the model's positions)", metavar="N")
+    parser.add_argument(
+        "--within-documents", action="store_true", help="see every document alone, as data.within_documents trains"
+    )
     parser.add_argument("--micro-batch", type=positive, default=8, help="windows at a time (8)", metavar="N")
     parser.add_argument("--tensor-parallel", type=positive, default=1, help="processes to a model (1)", metavar="N")
     parser.add_argument("--json", type=output_file, help="write the figures there as well", metavar="FILE")

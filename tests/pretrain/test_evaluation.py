@@ -65,6 +65,28 @@ def test_the_same_loss_from_every_form_on_every_layout(tmp_path: Path) -> None:
     assert disjoint.lm_loss != pytest.approx(found[0].lm_loss, rel=1e-5)  # less context
 
 
+def test_documents_one_by_one(tmp_path: Path) -> None:
+    """Every token is predicted once, as it is where its document is the whole text."""
+    merged = str(random_consolidated(tmp_path / "merged", small_tokenizer(tmp_path), "llama"))
+    documents = [[5, 6, 7], [8] * 70, [9], [5, 8] * 20]
+    end = open_tokenizer(tmp_path / "tokenizer.model").end_of_document
+    stream = np.array([end] + [token for document in documents for token in (*document, end)])
+    for processes in (1, 2):
+        found = run(evaluate_stream, processes, merged, stream, end)[0]
+        alone = [run(evaluate_stream, 1, merged, np.array([end, *one, end]), None)[0] for one in documents]
+        assert found.tokens == len(stream) - 1 == sum(one.tokens for one in alone)
+        assert found.bytes == sum(one.bytes for one in alone)
+        assert found.lm_loss * found.tokens == pytest.approx(sum(one.lm_loss * one.tokens for one in alone), rel=1e-5)
+        assert found.length == 32
+
+
+def evaluate_stream(merged: str, stream: np.ndarray, end: int | None) -> Evaluation:
+    model = find_model(Path(merged), 1)
+    initialize_process_groups(1)
+    lengths = open_tokenizer(model.tokenizer_path).byte_lengths()
+    return evaluate(model.load(), stream, lengths, length=32, stride=8, micro_batch=3, end_of_document=end)
+
+
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     tokenizer = small_tokenizer(tmp_path)
     masked = random_consolidated(tmp_path / "masked", tokenizer, "llama", bidirectional=True)
@@ -95,6 +117,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "310 bytes" in shown  # as many as the text has
     assert "windows of 32, stride 8" in shown
     assert '"stride": 8' in (tmp_path / "found.json").read_text()
+    assert "windows of 32" in call("--text", str(tmp_path / "held_out.txt"), "--within-documents")
     with pytest.raises(ConfigError, match="--stride 33 is above the 32 positions"):
         call("--text", str(tmp_path / "held_out.txt"), "--stride", "33")
     (tmp_path / "empty.txt").write_text("")
