@@ -11,7 +11,7 @@ window before it has scored, so that with a stride below the length each token b
     last, moved back to end with the text            . . . . x
 
 A stride of the length is what a validation of a run does, and the cheapest; a short one is the usual convention for
-published perplexities (and costs length / stride times as much). Within documents no window reaches over the end of one:
+published perplexities (at length / stride times the cost). Within documents no window reaches over the end of one:
 each is a stream of its own, as a run with `data.within_documents` sees it.
 """
 
