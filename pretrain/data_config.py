@@ -80,9 +80,7 @@ class DataConfig(BaseModel):
     def _names_are_names(cls, validation: dict[str, str]) -> dict[str, str]:
         for name in validation:
             if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(
-                    f"data.validation names a set {name!r}: use letters, digits, - and _ (books: corpora/books)"
-                )
+                raise ValueError(f"data.validation names a set {name!r}: use letters, digits, - and _, as in books")
         return validation
 
     @model_validator(mode="after")

@@ -1,0 +1,161 @@
+"""The table of all error messages in docs/troubleshooting.md, out of the source itself.
+
+    python tools/error_table.py              (shows it)
+    python tools/error_table.py --write      (puts it into the page)
+
+A message of ours is one sentence: what is wrong, with the numbers, and behind the last colon what to do. It stands
+where it is raised, so the table is read from there: every `EspalierError`, `agreed(...)`, and the ValueErrors of
+settings. What a message fills in is shown in italics.
+"""
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain import errors
+from pretrain.run_folder import replace_text
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "troubleshooting.md"
+BEGIN, END = "<!-- begin: tools/error_table.py -->", "<!-- end -->"
+ROOMS = ("launch", "model", "pretrain", "tools")
+RAISED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+MAKERS = {"agreed": "NumericalError"}
+AREAS = {
+    "Settings": "pretrain/(config|config_file|data_config|deepspeed_config|layout|fitting|plan|schedule|policies/.*)"
+    "|model/config",
+    "Text, tokenizers, corpora": "pretrain/(corpus|.*tokenizer|index_check|sample_order|objective)"
+    "|tools/(documents|preprocess_corpus|corpus_.*|text_encoding|train_tokenizer|wikitext)",
+    "Start and launch": "launch/.*|pretrain/(processes|devices|run_lock|run_folder|memory_check)",
+    "Training": "pretrain/(train|trainer|guard|health|faults|rank_control|augmentation|engine|probe|tracking|monitor)",
+    "Checkpoints and resume": "pretrain/(checkpoint_.*|resume|retention|saving|initial_values|replicas|partitioned"
+    "|optimizer_state|progress|stash)",
+    "Consolidated models, imports, exports": "pretrain/(consolidated.*|dense_.*|new_folder|huggingface_import"
+    "|model_import|export_marker|logit_comparison|adapter_export|evaluation)"
+    "|model/(conversion|huggingface.*|adapter)"
+    "|tools/(consolidate_checkpoint|densify_checkpoint|export_adapter|import_huggingface|inspect_checkpoint"
+    "|model_export|generate|text_model|evaluate)",
+    "Benchmarks, plans, reports": ".*",
+}
+"""Headings, and the files whose messages stand below each; the first that fits."""
+OTHERWISE = {
+    "Settings": "correct that line of the file",
+    "Start and launch": "correct the command",
+    "Training": "see the events before it in events.jsonl, and lower optimizer.learning_rate",
+    "Checkpoints and resume": "that checkpoint is damaged: a run takes up the newest whole one by itself, and "
+    "tools/inspect_checkpoint.py --verify says which are",
+    "Consolidated models, imports, exports": "that folder is damaged or was edited: make it again with the tool that "
+    "wrote it",
+    "Benchmarks, plans, reports": "see what was said above it",
+}
+"""What to do about a message that does not say so itself: it names a damaged file, or comes behind another one."""
+
+
+@dataclass(frozen=True, order=True)
+class Message:
+    """One message, as a reader sees it."""
+
+    area: str
+    wrong: str
+    cure: str
+    exit_code: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="All error messages, as a table.")
+    parser.add_argument("--write", action="store_true", help="put it into the page")
+    arguments = parser.parse_args()
+    found = table(list(messages()))
+    if not arguments.write:
+        print(found)
+        return
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    replace_text(PAGE, f"{before}{BEGIN}\n{found}{END}{rest.split(END, 1)[1]}")
+
+
+def messages() -> Iterator[Message]:
+    """All of them, some raised in several places."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            name = str(path.relative_to(ROOT).with_suffix(""))
+            area = next(heading for heading, pattern in AREAS.items() if re.fullmatch(pattern, name))
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for call in _raised_calls(tree, settings=area == "Settings"):
+                text = _template(call.args[0])
+                if re.search(r"[a-z]{3}", re.sub(r"\*[^*]*\*", "", text)):  # else it is another message, handed on
+                    wrong, _, cure = text.rpartition(": ")
+                    yield Message(area, wrong or cure, cure if wrong else "", _exit_code(call))
+
+
+def table(found: list[Message]) -> str:
+    """Markdown: a heading and a table for each area."""
+    lines = []
+    for area in AREAS:
+        here = sorted({message for message in found if message.area == area}, key=_sort_key)
+        lines += [f"### {area}", "", "| code | what is wrong | what to do |", "| --- | --- | --- |"]
+        cures = [one.cure or OTHERWISE[area] for one in here]
+        lines += [
+            f"| {one.exit_code} | {_cell(one.wrong)} | {_cell(cure)} |" for one, cure in zip(here, cures, strict=True)
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _raised_calls(tree: ast.Module, *, settings: bool) -> Iterator[ast.Call]:
+    """Calls that make an error with a message, whether raised there or a line later."""
+    kinds = RAISED | MAKERS.keys() | ({"ValueError"} if settings else set())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and node.args:
+            yield node
+
+
+def _exit_code(call: ast.Call) -> int:
+    assert isinstance(call.func, ast.Name)
+    kind = getattr(errors, MAKERS.get(call.func.id, call.func.id), errors.ConfigError)
+    return int(getattr(kind, "exit_code", errors.ConfigError.exit_code))
+
+
+def _template(node: ast.expr) -> str:
+    """The text of a message, what is filled in between asterisks."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_template(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return f"*{_name(node.value)}*"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _template(node.left) + _template(node.right)
+    return f"*{_name(node)}*"
+
+
+def _name(node: ast.expr) -> str:
+    """A short name for a value: the last of its own names."""
+    if isinstance(node, ast.Name):
+        return node.id.strip("_").replace("_", " ")
+    if isinstance(node, ast.Attribute):
+        return (
+            _name(node.value) if node.attr in ("name", "stem", "__name__") else node.attr.strip("_").replace("_", " ")
+        )
+    if isinstance(node, ast.Call) and node.args and not isinstance(node.args[0], ast.Starred):
+        return _name(node.args[0])
+    if isinstance(node, ast.Subscript):
+        return _name(node.value)
+    return "…"
+
+
+def _sort_key(message: Message) -> tuple[str, Message]:
+    """By letters alone; equal ones in some order that stays."""
+    return re.sub(r"[^a-z0-9 ]", "", message.wrong.lower()).strip(), message
+
+
+def _cell(text: str) -> str:
+    """A table's cell: on one line, and with nothing that Markdown or HTML would take for its own."""
+    plain = re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+    return plain.replace("*…*", "…").replace("**", "* *")
+
+
+if __name__ == "__main__":
+    main()
