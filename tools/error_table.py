@@ -11,7 +11,7 @@ settings. What a message fills in is shown in italics.
 import argparse
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,16 +78,16 @@ def main() -> None:
 
 def messages() -> Iterator[Message]:
     """All of them, some raised in several places."""
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            name = str(path.relative_to(ROOT).with_suffix(""))
-            area = next(heading for heading, pattern in AREAS.items() if re.fullmatch(pattern, name))
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for call in _raised_calls(tree, settings=area == "Settings"):
-                text = _template(call.args[0])
-                if re.search(r"[a-z]{3}", re.sub(r"\*[^*]*\*", "", text)):  # else it is another message, handed on
-                    wrong, _, cure = text.rpartition(": ")
-                    yield Message(area, wrong or cure, cure if wrong else "", _exit_code(call))
+    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    trees = {str(path.relative_to(ROOT).with_suffix("")): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    constants = {name: text for tree in trees.values() for name, text in _constants(tree)}
+    for name, tree in trees.items():
+        area = next(heading for heading, pattern in AREAS.items() if re.fullmatch(pattern, name))
+        for call in _raised_calls(tree, settings=area == "Settings"):
+            text = _template(call.args[0], constants)
+            if re.search(r"[a-z]{3}", re.sub(r"\*[^*]*\*", "", text)):  # else it is another message, handed on
+                wrong, _, cure = text.rpartition(": ")
+                yield Message(area, wrong or cure, cure if wrong else "", _exit_code(call))
 
 
 def table(found: list[Message]) -> str:
@@ -104,6 +104,13 @@ def table(found: list[Message]) -> str:
     return "\n".join(lines)
 
 
+def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Texts that a module gives a name in capitals, which messages then use."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield from ((str(ast.unparse(target)), node.value.value) for target in node.targets)
+
+
 def _raised_calls(tree: ast.Module, *, settings: bool) -> Iterator[ast.Call]:
     """Calls that make an error with a message, whether raised there or a line later."""
     kinds = RAISED | MAKERS.keys() | ({"ValueError"} if settings else set())
@@ -118,16 +125,18 @@ def _exit_code(call: ast.Call) -> int:
     return int(getattr(kind, "exit_code", errors.ConfigError.exit_code))
 
 
-def _template(node: ast.expr) -> str:
+def _template(node: ast.expr, constants: Mapping[str, str]) -> str:
     """The text of a message, what is filled in between asterisks."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(_template(part) for part in node.values)
+        return "".join(_template(part, constants) for part in node.values)
     if isinstance(node, ast.FormattedValue):
-        return f"*{_name(node.value)}*"
+        return _template(node.value, constants)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _template(node.left) + _template(node.right)
+        return _template(node.left, constants) + _template(node.right, constants)
+    if isinstance(node, ast.Name) and node.id in constants:
+        return constants[node.id]
     return f"*{_name(node)}*"
 
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import yaml
 
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
@@ -122,10 +121,7 @@ def as_pods(hosts: Sequence[Host], config: Path, folder: Path) -> None:
     first = start("first")
     report("pods: start to the end of the first step", first[0].wait_for("step 1/"))
     first[0].wait_for(f"step {CUT_AFTER}/")
-    evicted = next(
-        p for p in psutil.Process(first[1].process.pid).children(recursive=True) if "launch/node.py" in p.cmdline()
-    )
-    evicted.terminate()
+    first[1].process.terminate()  # every command on the way to launch/node.py has become the next one
     report("eviction of a pod to the end of both", max(pod.ends_with(143) for pod in first))
     second = start("second")
     second[0].wait_for("[resume] step ")
