@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from pretrain.dense_export import write_dense_export
 from pretrain.export_marker import DENSE_EXPORT, FACTS_NAME, files_below
 from pretrain.tokenizer import open_tokenizer
 from tests.consolidated_folder import small_tokenizer
+from tests.huggingface_files import END, byte_level
 from tests.pretrain.checkpoint_cases import edit_manifest, save_model
 from tests.tools.test_race import RACE
 from tools.documents import find_files
-from tools.preprocess_corpus import preprocess
+from tools.preprocess_corpus import Job, preprocess
 from tools.race_results import Results
 
 
@@ -54,6 +56,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Results(settings / "results.json").add("runs", "a", {})
     (settings / "hosts").write_text("one slots=8\n")
     (settings / "text.jsonl").write_text('{"text": "a"}\n')
+    with zipfile.ZipFile(settings / "wikitext.zip", "w") as archive:
+        for share in ("train", "valid", "test"):
+            archive.writestr(f"wikitext/wiki.{share}.raw", " \n = Title = \n \n Text . \n")
+    byte_level(world / "published", {"eos_token": END})
+    job = Job(find_files([str(texts[0])]), settings / "parts", tokenizer, ("text",), True, 1, False)
+    job.tokenize(0, 1)
     shutil.copytree(world / "consolidated", start / "model")
     (start / "run.yaml").write_text(yaml.safe_dump(sections))
     return world

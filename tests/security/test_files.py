@@ -34,9 +34,11 @@ from tests.pretrain.checkpoint_cases import edit_manifest
 from tests.security.payloads import PICKLES, torch_file, yaml_texts
 from tests.security.planting import STEP, command, plant, refusal
 from tools import consolidate_checkpoint, generate, inspect_checkpoint
+from tools.corpus_parts import PartFolder, Unit
 from tools.documents import read_documents
 from tools.race_plan import load_race
 from tools.race_results import Results
+from tools.wikitext import write_articles
 
 
 def generated(folder: Path) -> None:
@@ -57,6 +59,13 @@ def started(folder: Path) -> None:
 def deepspeed(folder: Path) -> None:
     config = load_config(str(folder / "run.yaml"), [f"deepspeed.config={folder / 'deepspeed.json'}"])
     deepspeed_dict(config, config.layout(1))
+
+
+def joined_parts(folder: Path) -> None:
+    """As `tools/preprocess_corpus.py` finds parts again; their digests depend on the input's name."""
+    for path in (folder / "parts.parts").glob("*.json"):
+        unit = Unit((), path.name.partition("_")[0], 0)
+        PartFolder(folder / "parts").complete_parts(unit)
 
 
 def documents(folder: Path) -> None:
@@ -117,6 +126,12 @@ READERS = {
     "index": Reader("corpus", "corpus.idx", checked_corpus),
     "facts of a corpus": Reader("corpus", "corpus.json", checked_corpus),
     "tokenizer": Reader("corpus", "tokenizer.model", checked_corpus),
+    "published tokenizer": Reader("published", "tokenizer.json", open_tokenizer),
+    "settings of a published tokenizer": Reader("published", "tokenizer_config.json", open_tokenizer),
+    "part of a corpus": Reader("settings", "parts.parts/*.json", joined_parts),
+    "WikiText archive": Reader(
+        "settings", "wikitext.zip", lambda folder: write_articles(folder / "wikitext.zip", folder / "articles")
+    ),
     "text": Reader("settings", "text.jsonl", documents),
     "config": Reader("settings", "run.yaml", lambda folder: load_config(str(folder / "run.yaml"))),
     "base of a config": Reader("settings", "base.yaml", lambda folder: load_config(str(folder / "run.yaml"))),
@@ -213,6 +228,9 @@ def test_yaml_tags_on_the_command_line_are_refused(canary: Path) -> None:
         "generate, tokenizer",
         "marker of an export",
         "facts of a corpus",
+        "published tokenizer",
+        "settings of a published tokenizer",
+        "part of a corpus",
         "text",
         "config",
         "DeepSpeed config",
