@@ -1,14 +1,17 @@
 """The corpus tool: the same files whatever the workers, nothing half-written, refusals in one sentence."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
 import gzip
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +124,17 @@ def test_foreign_files_are_never_overwritten(tmp_path: Path, tokenizer: Tokenize
     assert (tmp_path / name).read_text() == "someone's own"
 
 
+def twenty_files(folder: Path) -> list[Path]:
+    """Of 20,000 characters each, no two alike."""
+    text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (argparse, inspect, tarfile))
+    assert len(text) > 20 * 6_000
+    folder.mkdir()
+    files = [folder / f"{number:02d}.py" for number in range(20)]
+    for number, path in enumerate(files):
+        path.write_text(f"# {number}\n" + text[number * 6_000 : number * 6_000 + 20_000], encoding="utf-8")
+    return files
+
+
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units of many parts, out of little text."""
     monkeypatch.setattr(corpus_parts, "UNIT_BYTES", 40_000)
@@ -132,7 +146,7 @@ def test_the_same_command_goes_on_where_it_was_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """Whatever part was the last one, and it does not tokenize again what is there."""
-    files = find_files(["stdlib"])[::40]
+    files = twenty_files(tmp_path / "files")
     preprocess(files, tmp_path / "whole", tokenizer.path)
     expected = [path.read_bytes() for path in files_of(tmp_path / "whole")]
     small_parts(monkeypatch)
@@ -166,10 +180,7 @@ def test_a_changed_file_is_tokenized_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     small_parts(monkeypatch)
-    files = []
-    for number, source in enumerate(find_files(["stdlib"])[::40]):
-        files.append(tmp_path / f"{number:02d}.py")
-        files[-1].write_bytes(source.read_bytes())
+    files = twenty_files(tmp_path / "files")
     job = Job(files, tmp_path / "corpus", tokenizer, ("text",), True, 1, False)
     job.tokenize(0, 1)
     files[3].write_text("x = 1\n", encoding="utf-8")
@@ -181,7 +192,7 @@ def test_a_changed_file_is_tokenized_again(
 
 
 def test_nodes_share_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    files = find_files(["stdlib"])[::40]
+    files = twenty_files(tmp_path / "files")
     preprocess(files, tmp_path / "one", tokenizer.path)
     small_parts(monkeypatch)
     flags = ["--input", *files, "--output-prefix", tmp_path / "corpus", "--tokenizer-model", tokenizer.path]
