@@ -128,4 +128,4 @@ def test_the_commands_of_a_page_run_in_order(page: str, sandbox: Path) -> None:
         )
         assert result.returncode == 0, f"{command.text}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
         done += 1
-    assert done > 3
+    assert done >= 3
