@@ -8,12 +8,12 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import nn
 
 from model.gpt import EspalierModel
-from model.process_groups import DeepSpeedProcessGroups, tensor_group, tensor_index
+from model.process_groups import DeepSpeedProcessGroups
+from pretrain.gradient_scan import TIMERS_OFF, attach, norm_of, squared_norm, sum_over_processes
 from pretrain.partitioned import fetch_tied_weight, forget_engine, hold_while_recomputing, partition, shape_of
 from pretrain.schedule import OptimizerConfig
 
@@ -47,8 +47,13 @@ def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_con
         fused=True,
     )
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=adamw, mpu=DeepSpeedProcessGroups(), config=deepspeed_config, dist_init_required=False
+        model=model,
+        optimizer=adamw,
+        mpu=DeepSpeedProcessGroups(),
+        config=deepspeed_config | TIMERS_OFF,
+        dist_init_required=False,
     )
+    attach(engine)
     if stage == 3:
         fetch_tied_weight(model)
         hold_while_recomputing(model)
@@ -130,16 +135,8 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
 def gradient_norm(engine: DeepSpeedEngine) -> float:
     """Global gradient norm of the coming (ZeRO 0) or the last step (ZeRO 1 to 3), before clipping.
 
-    DeepSpeed 0.19.8 computes none at stage 0 in fp32, so there it is ours; call it between backward and step.
-    Parameters that every tensor-parallel process holds whole count once.
+    DeepSpeed 0.19.8 computes none at stage 0, so there it is ours; call it between backward and step: a collective.
     """
     if engine.zero_optimization_stage() > 0:
         return float(engine.get_global_grad_norm())
-    squares: list[Tensor] = []
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None and (getattr(parameter, "tensor_model_parallel", False) or tensor_index() == 0):
-            squares.append(parameter.grad.float().square().sum())
-    device = next(engine.module.parameters()).device
-    total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
-    dist.all_reduce(total, group=tensor_group())
-    return float(total.sqrt())
+    return float(norm_of(sum_over_processes(squared_norm(engine))))

@@ -4,7 +4,7 @@ A leap is a loss far above what the last ones were, in robust standard deviation
 
     z = (loss − median) / (1.4826 · MAD),      MAD = median |loss_i − median|
 
-Every process decides the same: after each step one small all-reduce tells all of them what any of them knows.
+Every process decides the same, by what all agree on once a step (`pretrain/agreement.py`).
 """
 
 import math
@@ -16,13 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median
 
-import torch
-import torch.distributed as dist
-
-from model.process_groups import device
+from pretrain.agreement import SIGNALS, Flags
 from pretrain.config import GuardConfig
 from pretrain.errors import StopSignal, agreed
 from pretrain.progress import TrainState
@@ -35,7 +31,6 @@ _LEAPS = 5
 """In a row, after which they are what losses are now."""
 _IMPATIENCE_SECONDS = 3.0
 """Between two SIGTERMs that mean more than one: schedulers and launchers each send theirs."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class RollBack(Exception):
@@ -60,7 +55,7 @@ class Signals:
     def caught(self) -> Iterator[None]:
         told, telling = socket.socketpair()
         telling.setblocking(False)
-        before = {number: signal.signal(number, lambda _number, _frame: None) for number in _SIGNALS}
+        before = {number: signal.signal(number, lambda _number, _frame: None) for number in SIGNALS}
         descriptor = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
         listener = threading.Thread(target=self._listen, args=(told,), name="signals", daemon=True)
         listener.start()
@@ -82,22 +77,8 @@ class Signals:
             if number == self.received == signal.SIGTERM and now - first > _IMPATIENCE_SECONDS:
                 os._exit(128 + number)
             first = first if self.received else now
-            if number in _SIGNALS:  # others, such as SIGINT, keep their own handlers
+            if number in SIGNALS:  # others, such as SIGINT, keep their own handlers
                 self.received = max(self.received, number)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The same on all processes."""
-
-    signal: int
-    """0: none."""
-    written: bool
-    """Whether every process has written its part of a checkpoint that is on its way."""
-
-    def stop(self, step: int) -> StopSignal:
-        name = signal.Signals(self.signal).name
-        return StopSignal(f"{name}: saved at step {step}; start the run again to go on", 128 + self.signal)
 
 
 class Guard:
@@ -108,12 +89,15 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=config.spike_window or None)
         self._leaps = 0
 
-    def verdict(self, writing: bool) -> Verdict:
-        """A collective. `writing`: whether this process still writes its part of a checkpoint."""
-        known = torch.tensor([self.signals.received, int(writing)], device=device())
-        dist.all_reduce(known, op=dist.ReduceOp.MAX)
-        received, still_writing = known.tolist()
-        return Verdict(received, not still_writing)
+    def flags(self, writing: bool) -> Flags:
+        """This process's. `writing`: whether it still writes its part of a checkpoint."""
+        return Flags(self.signals.received, writing)
+
+    @staticmethod
+    def stop(number: int, step: int) -> StopSignal:
+        """The end of a run that was saved at `step` because some process had received signal `number`."""
+        name = signal.Signals(number).name
+        return StopSignal(f"{name}: saved at step {step}; start the run again to go on", 128 + number)
 
     def judge(self, loss: float, state: TrainState, report: Callable[..., None]) -> None:
         """Looks at the step that was just taken, of which every process knows the same. NumericalError or RollBack."""

@@ -14,19 +14,21 @@ def token_losses(model: EspalierModel, logits: Tensor, labels: Tensor) -> Tensor
 
 
 class LossSums:
-    """Nats, predicted tokens, and something that is counted beside them; in fp64, on one process until `total`."""
+    """Nats, predicted tokens, and something that is counted beside them; in fp64, on this process's device until
+    `total`."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device())
 
     def add(self, losses: Tensor, mask: Tensor, counted: Tensor) -> None:
         """All `(batch, seq)`; `mask` is 0 where a token does not count."""
-        mask = mask.double()
-        self._sums += torch.stack([(values * mask).sum() for values in (losses.cpu().double(), mask, counted)])
+        mask = mask.to(device()).double()
+        each = (losses.double(), mask, counted.to(device()))
+        self._sums += torch.stack([(values * mask).sum() for values in each])
 
     def total(self) -> tuple[float, float, float]:
         """Over all data-parallel processes: a collective."""
-        sums = self._sums.to(device())
+        sums = self._sums.clone()
         dist.all_reduce(sums, group=data_group())
         nats, tokens, counted = sums.tolist()
         return nats, tokens, counted

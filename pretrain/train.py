@@ -53,7 +53,7 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
             guard.forget()
             monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds)
 
-        metrics = run.train_step()
+        metrics = run.train_step(guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
         try:
@@ -62,11 +62,10 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
             saver.finish()  # a checkpoint from before this step
             raise
 
-        verdict = guard.verdict(saver.writing)
-        saver.commit_if_written(verdict.written)
-        if verdict.signal and state.step < train.steps:
+        saver.commit_if_written(not run.flags.writing)
+        if run.flags.signal and state.step < train.steps:
             save(state.step, final=True)
-            raise verdict.stop(state.step)
+            raise guard.stop(run.flags.signal, state.step)
         if run.corpus.validation and run.validates_after(state.step):
             found = run.validate()
             validation = next(iter(found.values()))
@@ -191,6 +190,7 @@ def _run_once(
         monitor.event("stopped" if isinstance(error, StopSignal) else "fault", run.state.step, error=str(error))
         raise
     finally:
+        run.close()
         monitor.close()
     return run
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
-from model.process_groups import data_group, data_index, device, tensor_index, tensor_size
+from model.process_groups import data_index, device, tensor_index, tensor_size
+from pretrain.agreement import NO_FLAGS, Flags, agree
 from pretrain.augmentation import GrowthRecord, augment
 from pretrain.checkpoint_format import KEYS, Fragment
 from pretrain.checkpoint_reader import CheckpointReader
@@ -29,8 +31,9 @@ from pretrain.config import RunConfig
 from pretrain.corpus import Corpus, batch_at, micro_batch_start
 from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.document_starts import model_inputs
-from pretrain.engine import build_engine, evaluating, gradient_norm, set_learning_rate
+from pretrain.engine import build_engine, evaluating, set_learning_rate
 from pretrain.errors import agreed
+from pretrain.gradient_scan import list_norms, norm_of, squared_norm, tell_squared_norm
 from pretrain.health import reach
 from pretrain.initial_values import initial_model
 from pretrain.layout import Layout
@@ -38,6 +41,7 @@ from pretrain.loss_sums import LossSums, token_losses
 from pretrain.monitor import StepMetrics, Validation
 from pretrain.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.partitioned import drop_gathered, held, hold
+from pretrain.prefetch import Prefetch, on_device, training_starts
 from pretrain.processes import together
 from pretrain.progress import TrainState, saved_progress
 from pretrain.rank_control import Answer, RankControl
@@ -64,6 +68,9 @@ class Trainer:
     def __init__(self, config: RunConfig, layout: Layout, corpus: Corpus, reader: CheckpointReader | None) -> None:
         self.config, self.layout, self.corpus = config, layout, corpus
         self.state = TrainState()
+        self.flags = NO_FLAGS
+        """Of all processes, in the last step."""
+        self._batches: Prefetch | None = None
         self.tracker = together(lambda: Tracker(config)) if config.rank.track else None
         if reader is None:
             self.engine = self._new_engine(together(lambda: initial_model(config)))
@@ -86,8 +93,9 @@ class Trainer:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
-    def train_step(self) -> StepMetrics:
-        """One optimizer step on the next unseen samples."""
+    def train_step(self, flags: Flags = NO_FLAGS) -> StepMetrics:
+        """One optimizer step on the next unseen samples. `flags`: this process's; those of all are `self.flags`
+        then."""
         start = time.perf_counter()
         train, state = self.config.train, self.state
         sequences = global_batch_at(state.step, train.global_batch, train.batch_ramp)
@@ -97,36 +105,32 @@ class Trainer:
         set_learning_rate(self.engine, rate)
         if self.tracker is not None and self.validates_after(state.step + 1):
             self.tracker.watch_gradients(self.engine)
-        total, norm, applied = torch.zeros((), device=device()), 0.0, True
+        total = torch.zeros((), device=device())
         self.rank_control.before_step(self.model, state.step)
         loss_scale = self._loss_scale()
         for micro_step in range(accumulation):
             self.model.dropout_counter.step, self.model.dropout_counter.micro_step = state.step, micro_step
-            first = micro_batch_start(
-                state.consumed_samples, micro_step, train.micro_batch, data_index(), self.layout.data
-            )
             # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their
             # number.
             self.engine.set_gradient_accumulation_boundary(micro_step == accumulation - 1)
             reach("step.forward", state.step)
-            loss = _poisoned(self._mean_loss(batch_at(self.corpus.train, first, train.micro_batch)))
+            loss = _poisoned(self._mean_loss(self._next_batch()))
             self.engine.backward(loss)
             total += loss.detach()
-            if micro_step == accumulation - 1:
-                reach("step.optimizer")
-                norm = gradient_norm(self.engine) if self.config.deepspeed.stage == 0 else norm
-            applied = self._optimizer_step(norm)
-        dist.all_reduce(total, group=data_group())
-        dist.broadcast(total, src=0)  # to the last bit the same, for whoever decides by it
+            if micro_step < accumulation - 1:
+                self.engine.step()
+        reach("step.optimizer")
+        known = agree(total, squared_norm(self.engine), flags)
+        self.flags = known.flags
+        norm, applied = self._optimizer_step(known.squared_norm)
         if self.rank_control.probes(state.step):
             self._refuse_non_finite_weights()
             self.rank_control.after_step(self.model, loss_scale or 1.0)
         self._count(sequences, applied)
-        norm = norm if self.config.deepspeed.stage == 0 else gradient_norm(self.engine)
         seconds = time.perf_counter() - start
         self.rank_control.took(state.step - 1, seconds)
         return StepMetrics(
-            lm_loss=float(total) / (accumulation * self.layout.data),
+            lm_loss=known.loss / (accumulation * self.layout.data),
             grad_norm=norm,
             learning_rate=rate,
             global_batch=sequences,
@@ -137,19 +141,31 @@ class Trainer:
             step_seconds=seconds,
         )
 
+    def _next_batch(self) -> dict[str, Tensor]:
+        if self._batches is None:
+            starts = training_starts(self.config.train, self.state.step, self.state.consumed_samples)
+            self._batches = Prefetch(self.corpus.train, self.config.train.micro_batch, starts)
+        return on_device(self._batches.take())
+
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        if self._batches is not None:
+            self._batches.close()
+
     def _mean_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        batch = {key: values.to(device()) for key, values in batch.items()}
         losses = self.engine(*model_inputs(self.config, batch), labels=batch["labels"])
         return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
-    def _optimizer_step(self, norm: float) -> bool:
-        """False when there was a gradient to step with, and it was not finite: nothing changes then. DeepSpeed 0.19.8
-        sees to it where ZeRO partitions the optimizer; `norm` is that of stage 0."""
-        if self.config.deepspeed.stage == 0 and not math.isfinite(norm):
+    def _optimizer_step(self, squares: float) -> tuple[float, bool]:
+        """The gradient's norm, and False when it was not finite: nothing changes then. DeepSpeed 0.19.8 sees to it
+        where ZeRO partitions the optimizer, and calls every such norm infinite."""
+        if self.config.deepspeed.stage == 0 and not math.isfinite(norm := float(norm_of(squares))):
             self.model.zero_grad(set_to_none=True)
-            return False
+            return norm, False
+        tell_squared_norm(self.engine, squares)
         self.engine.step()
-        return bool(self.engine.was_step_applied())
+        norm = norm if self.config.deepspeed.stage == 0 else float(self.engine.get_global_grad_norm())
+        return norm, bool(self.engine.was_step_applied())
 
     def _count(self, sequences: int, applied: bool) -> None:
         state = self.state
@@ -161,8 +177,8 @@ class Trainer:
 
     def _refuse_non_finite_weights(self) -> None:
         """Before anything measures or saves the weights: a spectrum of NaN is an error without a sentence."""
-        values = [held(parameter)[1] for parameter in self.model.parameters()]
-        finite = torch.stack([part.isfinite().all() for part in values]).all().int()
+        norms = list_norms([held(parameter)[1] for parameter in self.model.parameters()])
+        finite = torch.stack(norms).isfinite().all().int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
             raise agreed(
@@ -181,7 +197,6 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, samples: Any) -> Validation:
         micro_batch = self.config.train.micro_batch
-        byte_lengths = torch.from_numpy(self.corpus.tokenizer.byte_lengths())
         masked = self.config.train.objective == "mlm"
         sums = LossSums()
         with evaluating(self.engine):
@@ -189,7 +204,7 @@ class Trainer:
                 reach("validation", self.state.step)
                 batch = self._validation_batch(samples, micro_step)
                 logits = self.engine(*model_inputs(self.config, batch))
-                counted = self._right_tokens(logits, batch) if masked else byte_lengths[batch["labels"]]
+                counted = self._right_tokens(logits, batch) if masked else self._byte_lengths[batch["labels"]]
                 sums.add(token_losses(self.model, logits, batch["labels"]), batch["loss_mask"], counted)
         nats, tokens, found = sums.total()
         if masked:
@@ -197,7 +212,12 @@ class Trainer:
         return Validation(nats / tokens, bits_per_byte=nats / math.log(2) / found)
 
     def _right_tokens(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return self.model.likeliest_tokens(logits).cpu() == batch["labels"]
+        return self.model.likeliest_tokens(logits) == batch["labels"]
+
+    @cached_property
+    def _byte_lengths(self) -> Tensor:
+        """`(vocabulary,)`: bytes each token stands for."""
+        return torch.from_numpy(self.corpus.tokenizer.byte_lengths()).to(device())
 
     def validates_after(self, step: int) -> bool:
         """Whether `step` is the last one or one of every `train.validate_every`."""
@@ -207,7 +227,7 @@ class Trainer:
     def _validation_batch(self, samples: Any, micro_step: int) -> dict[str, Tensor]:
         micro_batch = self.config.train.micro_batch
         first = micro_batch_start(0, micro_step, micro_batch, data_index(), self.layout.data)
-        return batch_at(samples, first, micro_batch)
+        return on_device(batch_at(samples, first, micro_batch))
 
     def track(self, tracker: Tracker) -> Measurement:
         """Spectra of the updates so far, of the step's gradients, and of representations if there are validation
