@@ -1,8 +1,8 @@
 """Triton kernels of a norm around a product: its statistics and what they do to the product, one kernel each way.
 
-`model/sharded_norm.py` has the equations, and in torch's own operators what these are measured by. They compute in fp32,
-and rank and tokens are run-time numbers: a rank that grows compiles nothing anew. Triton is loaded with this module, by
-CUDA tensors alone.
+`model/sharded_norm.py` has the equations, and in torch's own operators what these are measured by. They compute in
+fp32, and rank and tokens are run-time numbers: a rank that grows compiles nothing anew. Triton is loaded with this
+module, by CUDA tensors alone.
 """
 
 from typing import Any

@@ -58,8 +58,8 @@ class _Tape:
 
 
 _running: _Tape | None = None
-"""A plain variable, for `torch.compile` cannot look into a `ContextVar` (21 breaks of its graph a layer). It is right in
-threads, too: on CUDA a layer runs again in autograd's own thread, but the thread that called `backward` waits for it
+"""A plain variable, for `torch.compile` cannot look into a `ContextVar` (21 breaks of its graph a layer). It is right
+in threads, too: on CUDA a layer runs again in autograd's own thread, but the thread that called `backward` waits for it
 then, and a process has one device and so one such thread. Layers never run in two threads at once."""
 
 

@@ -1,8 +1,9 @@
 """Rotary positions: entry i of a head turns together with entry i + size/2, by an angle that grows with the position.
 
-    x'_i = x_i cos(p θ_i) − x_j sin(p θ_i),   x'_j = x_j cos(p θ_i) + x_i sin(p θ_i),   θ_i = base^(−2i/size),  j = i + size/2
+    x'_i = x_i cos(p θ_i) − x_j sin(p θ_i),   x'_j = x_j cos(p θ_i) + x_i sin(p θ_i)
 
-Sines and cosines are made once and serve all layers and steps. megatron-core 0.16.1 makes them in every layer, of
+with j = i + size/2 and θ_i = base^(−2i/size).
+ Sines and cosines are made once and serve all layers and steps. megatron-core 0.16.1 makes them in every layer, of
 queries and of keys, and turns each in ten operations; its fused form needs Transformer Engine.
 """
 
