@@ -2,8 +2,8 @@
 
 What layers keep is `model/arithmetic.py`'s business. With T tokens, p tensor-parallel processes, e bytes a number,
 hidden h, the rest is the gathered input of the output layer T·h·e, the softmax of the loss T·vocabulary/p·4, the last
-norm, and the embedding's dropout mask. A CPU keeps what was counted (`tests/model/test_activations.py`); of the norms
-of dense and additive llamas CUDA's fused kernel keeps less.
+norm, and the embedding's dropout mask. A CPU keeps what was counted (`tests/model/test_activations.py`); CUDA's
+fused norms keep less.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def _outside_layers(config: ModelConfig, tensor_size: int, element_bytes: int) -
     """Bytes a token of embedding, last norm, output layer and loss."""
     in_stream = config.parametrization == "factored"
     stream = config.hidden // (tensor_size if in_stream else 1)
-    if in_stream:
+    if in_stream and tensor_size > 1:
         norm = (2 * element_bytes + FP32_BYTES) * stream
     else:
         norm = element_bytes * stream if config.family == "gpt2" else 2 * FP32_BYTES * stream

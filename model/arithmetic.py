@@ -83,8 +83,8 @@ def kept_activation_bytes(
 
     While a layer is recomputed, it also holds what it would have kept with `none`. Embedding, final norm, logits and
     loss are not counted, nor is what does not grow with the tokens. For `none` attention is a flash kernel (which a CPU
-    does not have for dropout), all parameters are trained, and a norm of the `dense` and `additive` llama is composed
-    of elementary operations, as torch 2.13 does it on a CPU: its fused CUDA kernel keeps less.
+    does not have for dropout), all parameters are trained, and norms are as a CPU computes them: torch 2.13 composes a
+    whole llama norm of elementary operations there, and fused CUDA kernels keep less.
     """
     stream = config.hidden // (tensor_parallel if config.parametrization == "factored" else 1)
     kept = []
@@ -130,7 +130,7 @@ def _attention_and_mlp_bytes(config: ModelConfig, tensor_parallel: int, element_
         attention = 3 * queries  # rotated queries; keys and values, repeated
     else:
         attention = 2 * queries + qkv  # rotated queries and keys; values are a view of all three
-    mlp = (5 if config.gated else 2) * config.ffn_width // tensor_parallel
+    mlp = (3 if config.gated else 2) * config.ffn_width // tensor_parallel
     log_sums = 4 * own_heads
     return element_bytes * (attention + queries + mlp) + log_sums
 
@@ -150,14 +150,17 @@ def _input_bytes(
         return bottleneck
     shared = 4 * (2 + tensor_parallel if statistics == 1 else 2 + 3 * tensor_parallel)
     if projection.fused_norm and rank is not None:
+        if statistics == 2 and tensor_parallel == 1:
+            return element_bytes * stream + bottleneck
         if statistics == 1:
             product = _bottleneck_bytes(config, projection, rank, tensor_parallel, element_bytes)
         else:
             product = 4 * (rank + tensor_parallel)
         return element_bytes * stream + shared + product + bottleneck
     whole = element_bytes * config.hidden  # what the column-parallel layer takes
-    if config.parametrization == "factored":
+    if config.parametrization == "factored" and tensor_parallel > 1:
         return (2 * element_bytes + 4) * stream + shared + whole
     if statistics == 1:
         return 8 * stream + 4 + whole + bottleneck
-    return element_bytes * stream + 2 * element_bytes + whole + bottleneck
+    statistics_bytes = 4 if config.parametrization == "factored" else element_bytes
+    return element_bytes * stream + 2 * statistics_bytes + whole + bottleneck

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from model.dropout import DropoutCounter
+from model.rotary import RotaryPositions
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -23,12 +24,14 @@ class ScaledDotProductAttention(nn.Module):
         attn_mask_type: AttnMaskType,
         counter: DropoutCounter,
         softmax_scale: float | None,
+        rotary: RotaryPositions | None,
         **_megatron: object,  # process groups and others: attention on whole sequences needs none
     ) -> None:
         super().__init__()
         self.causal = attn_mask_type == AttnMaskType.causal
         self.counter, self.layer, self.softmax_scale = counter, layer_number, softmax_scale
         self.dropout = config.attention_dropout
+        self.rotary = rotary
 
     def forward(
         self,
@@ -44,6 +47,8 @@ class ScaledDotProductAttention(nn.Module):
         `attention_mask (batch, 1, seq, seq)` is added to the scores of a query, -inf where it must not look, and then
         decides alone: of the queries' type, so that all layers keep the same one for the backward pass.
         """
+        if self.rotary is not None:
+            query, key = self.rotary.turn(query, key)
         repeats = query.shape[2] // key.shape[2]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if repeats > 1:

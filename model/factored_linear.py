@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from model.bottleneck import down, up
+from model.layer_norm import normed_down
 from model.process_groups import tensor_size
-from model.sharded_norm import NormKind, local_statistics, mark_sharded, mean_and_scale, new_sharded_vector
+from model.sharded_norm import NormKind, local_statistics, mark_sharded, new_sharded_vector, scaled
 
 
 @dataclass
@@ -54,14 +55,13 @@ class FactoredLinear(nn.Module):
         rank: int,
         config: TransformerConfig,
         bias: bool,
-        skip_bias_add: bool,
         norm: NormKind | None = None,
         stride: int = 1,
         **_megatron: object,  # what megatron-core hands to every linear layer and this one has no use for
     ) -> None:
         super().__init__()
         self.input_size, self.output_size, self.stride = input_size, output_size, stride
-        self.norm, self.epsilon, self.skip_bias_add = norm, config.layernorm_epsilon, skip_bias_add
+        self.norm, self.epsilon = norm, config.layernorm_epsilon
         self.norm_weight = new_sharded_vector(input_size, 1.0) if norm else None
         self.norm_bias = new_sharded_vector(input_size, 0.0) if norm == "layernorm" else None
         processes = tensor_size()
@@ -77,16 +77,15 @@ class FactoredLinear(nn.Module):
         mark_sharded(self.A, dim=1)
         mark_sharded(self.B, dim=0, stride=self.stride)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)` and the bias `(out/tp)` if it is left to the
-        caller."""
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """`hidden (seq, batch, in/tp)` to `(seq, batch, out/tp)`. No bias is left to the caller, though megatron-core
+        asks for that (`skip_bias_add`): a product adds it in passing, where it would be a kernel of its own."""
         A: Tensor = self.A
         B: Tensor = self.B
         if self.probe is not None:  # its columns of the bottleneck ride in the same collectives
             A, B = torch.cat([A, self.probe.A]), torch.cat([B, self.probe.B], dim=1)
-        added = None if self.skip_bias_add else self.bias
-        output = up(self._bottleneck(hidden.flatten(0, -2), A), B, added)
-        return output.view(*hidden.shape[:-1], -1), self.bias if self.skip_bias_add else None
+        output = up(self._bottleneck(hidden.flatten(0, -2), A), B, self.bias)
+        return output.view(*hidden.shape[:-1], -1), None
 
     def _bottleneck(self, tokens: Tensor, A: Tensor) -> Tensor:
         """`A norm(x)`, `(tokens, in/tp)` to `(tokens, rank)`, the same on all processes."""
@@ -94,16 +93,14 @@ class FactoredLinear(nn.Module):
         if self.norm is None or self.norm_weight is None:
             no_statistics = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)
             return down(tokens, A, None, no_statistics, nothing)[0]
+        if self.norm_bias is not None and tensor_size() == 1:
+            return normed_down(tokens, A, self.norm_weight, self.norm_bias, self.epsilon)
         statistics, values = local_statistics(tokens, self.norm)
-        if self.norm_bias is None:
-            product, everyone, _ = down(values, A, self.norm_weight, statistics, nothing)
-            _, scale = mean_and_scale(everyone, self.epsilon)
-            return (product * scale).to(tokens.dtype)  # fp32 times 16 bits is computed in fp32
-        sums = torch.stack([self.norm_weight, self.norm_bias]) @ A.t()
+        sums = nothing
+        if self.norm_bias is not None:
+            sums = torch.stack([self.norm_weight, self.norm_bias]) @ A.t()
         product, everyone, rows = down(values, A, self.norm_weight, statistics, sums)
-        mean, scale = mean_and_scale(everyone, self.epsilon)
-        between = (everyone[..., 0] - mean) @ rows[:, 0].float()
-        return ((product + between) * scale + rows[:, 1].float().sum(dim=0)).to(tokens.dtype)
+        return scaled(product, everyone, rows, self.epsilon)
 
     def extra_repr(self) -> str:
         return f"in={self.input_size}, out={self.output_size}, rank={self.rank}, norm={self.norm}"

@@ -37,8 +37,10 @@ from model.factored_linear import FactoredLinear
 from model.initialization import initial_tensor
 from model.process_groups import tensor_index, tensor_size
 from model.recomputation import RecomputedLayer
+from model.rotary import RotaryPositions
 from model.sharded_norm import NormKind, ShardedNorm, mark_sharded
 from model.sharding import TensorLayout
+from model.swiglu import SwiGLU
 
 LayerWithFactors = FactoredLinear | AdditiveColumnParallelLinear | AdditiveRowParallelLinear
 """What has `A`, `B`, `rank`, `set_factors` and `probe`."""
@@ -61,6 +63,7 @@ def _transformer_config(config: ModelConfig) -> TransformerConfig:
         layernorm_epsilon=config.norm_epsilon,
         normalization="RMSNorm" if llama else "LayerNorm",
         activation_func=nn.functional.silu if llama else _tanh_gelu,
+        use_te_activation_func=llama,  # megatron-core's word for a module of the spec's in its place: `SwiGLU`
         gated_linear_unit=config.gated,
         add_bias_linear=config.biases,
         tensor_model_parallel_size=tensor_size(),
@@ -83,6 +86,7 @@ class _LayerSpecs:
     ) -> None:
         self.config, self.ranks, self.counter, self.recompute = config, ranks, counter, recompute
         self.in_stream = config.parametrization == "factored"
+        self.rotary = RotaryPositions(config.rope_base, config.head_size) if config.family == "llama" else None
 
     def block(self) -> TransformerBlockSubmodules:
         by_layer: list[list[Projection]] = [[] for _ in range(self.config.layers)]
@@ -99,12 +103,19 @@ class _LayerSpecs:
             params={"attn_mask_type": AttnMaskType.no_mask if self.config.bidirectional else AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=self._linear(qkv),
-                core_attention=ModuleSpec(module=ScaledDotProductAttention, params={"counter": self.counter}),
+                core_attention=ModuleSpec(
+                    module=ScaledDotProductAttention, params={"counter": self.counter, "rotary": self.rotary}
+                ),
                 linear_proj=self._linear(proj),
             ),
         )
         mlp = ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=self._linear(fc1), linear_fc2=self._linear(fc2))
+            module=MLP,
+            submodules=MLPSubmodules(
+                linear_fc1=self._linear(fc1),
+                activation_func=SwiGLU if self.config.gated else None,
+                linear_fc2=self._linear(fc2),
+            ),
         )
         recomputed = {"recompute": self.recompute, "counter": self.counter}
         return ModuleSpec(
@@ -183,8 +194,7 @@ class EspalierModel(GPTModel):
             transformer_layer_spec=_LayerSpecs(config, ranks, counter, recompute).block(),
             vocab_size=config.padded_vocabulary,
             max_sequence_length=config.sequence_length,
-            position_embedding_type="rope" if config.family == "llama" else "learned_absolute",
-            rotary_base=config.rope_base,
+            position_embedding_type="none" if config.family == "llama" else "learned_absolute",  # core attention turns
             share_embeddings_and_output_weights=config.tied_embeddings,
         )
         self.model_config, self.dropout_counter = config, counter

@@ -15,7 +15,6 @@ processes than query groups megatron-core 0.16.1 gathers q, k and v between B an
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any
 
@@ -39,12 +38,13 @@ class _Tape:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Records the first time, and plays back from the beginning every time after that."""
+        global _running
         self._position = 0
-        token = _running.set(self)
+        before, _running = _running, self
         try:
             yield
         finally:
-            _running.reset(token)
+            _running = before
         self._complete = True
 
     def next(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -57,13 +57,15 @@ class _Tape:
         return result
 
 
-_running: ContextVar[_Tape | None] = ContextVar("tape", default=None)
+_running: _Tape | None = None
+"""A plain variable, for `torch.compile` cannot look into a `ContextVar` (21 breaks of its graph a layer). It is right
+in threads, too: on CUDA a layer runs again in autograd's own thread, but the thread that called `backward` waits for it
+then, and a process has one device and so one such thread. Layers never run in two threads at once."""
 
 
 def kept(compute: Callable[[], Tensor]) -> Tensor:
     """The result of `compute`; inside a layer that recomputes `factors`, what its forward pass got."""
-    tape = _running.get()
-    return compute() if tape is None else tape.next(compute)
+    return compute() if _running is None else _running.next(compute)
 
 
 class RecomputedLayer(TransformerLayer):

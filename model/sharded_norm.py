@@ -6,7 +6,8 @@
 Each process sends what it knows of its own shard, and combines what it gets of all p:
 rms² = mean_i(rms_i²) + ε;  μ = mean_i(μ_i);  σ² = mean_i(σ_i²) + mean_i((μ_i − μ)²) + ε  (Chan et al. 1983).
 Sending root means and not sums keeps fp16 in range, and never forming E[x²] − μ² keeps the digits when |μ| ≫ σ.
-The fused norm of the factored layer shares these formulas.
+The fused norm of the factored layer shares these formulas. On CUDA `model/norm_kernels.py` computes them; one process
+alone has whole rows, and torch's own fused kernels.
 """
 
 from typing import Literal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from model.bottleneck import down
 from model.collectives import copy_to_group
+from model.layer_norm import layer_norm
 from model.process_groups import tensor_size
 
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -24,6 +26,10 @@ NormKind = Literal["rmsnorm", "layernorm"]
 def local_statistics(shard: Tensor, kind: NormKind) -> tuple[Tensor, Tensor]:
     """What one process knows of `shard (tokens, width/tp)`: `(tokens, 1)` its rms, or `(tokens, 2)` its mean and
     standard deviation, in fp32; and the shard, for LayerNorm without its mean."""
+    if shard.is_cuda:
+        from model.norm_kernels import fused_statistics
+
+        return fused_statistics(shard, centres=kind == "layernorm")
     if kind == "rmsnorm":
         return _root_mean_square(shard), shard
     mean = shard.mean(-1, keepdim=True, dtype=torch.float32)
@@ -47,6 +53,20 @@ def mean_and_scale(statistics: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     means = statistics[..., 0]
     mean = means.mean(-1, keepdim=True)
     return mean, (spread + (means - mean).square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+def scaled(product: Tensor, statistics: Tensor, rows: Tensor, epsilon: float) -> Tensor:
+    """`A norm(x)`, `(tokens, rank)`, from the `product` of A ⊙ g with what `local_statistics` left of x, the
+    `statistics (tokens, tp, k)` and, for LayerNorm, the `rows (tp, 2, rank)` A g and A β of all processes."""
+    if product.is_cuda:
+        from model.norm_kernels import fused_scale
+
+        return fused_scale(product, statistics, rows, epsilon)
+    mean, scale = mean_and_scale(statistics, epsilon)
+    if statistics.shape[-1] == 1:
+        return (product * scale).to(product.dtype)  # fp32 times 16 bits is computed in fp32
+    between = (statistics[..., 0] - mean) @ rows[:, 0].float()
+    return ((product + between) * scale + rows[:, 1].float().sum(dim=0)).to(product.dtype)
 
 
 def new_sharded_vector(full_size: int, value: float) -> nn.Parameter:
@@ -75,6 +95,10 @@ class ShardedNorm(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         """Normalizes over the full hidden size, with one small all-reduce forward and one backward."""
+        if tensor_size() == 1:
+            if self.bias is not None:
+                return layer_norm(stream, self.weight, self.bias, self.epsilon)
+            return nn.functional.rms_norm(stream, self.weight.shape, self.weight, self.epsilon)
         tokens = stream.flatten(0, -2)
         # fp32 for the exchange: two numbers a token are not worth rounding.
         nothing = tokens.new_empty(tokens.shape[0], 0, dtype=torch.float32)

@@ -59,6 +59,9 @@ class TrainConfig(_Section):
     recompute: Recompute = Field(
         "none", description="in the backward pass: nothing, all but the bottlenecks (factors), or whole layers"
     )
+    compile: bool = Field(
+        False, description="compiles the layers of a factored model with torch.compile, once for all ranks"
+    )
     clip: float = Field(1.0, ge=0.0, description="largest norm of the whole gradient; 0: not clipped")
     validate_every: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
     validation_sequences: int = Field(64, ge=0, description="sequences per validation over all processes; 0: none")
@@ -164,6 +167,26 @@ class RunConfig(_Section):
                 f"deepspeed.stage 0 trains in fp32 only, and train.precision is {self.train.precision}: "
                 "set deepspeed.stage=1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_layers_are_whole(self) -> "RunConfig":
+        """What a layer's graph could not hold: hooks of ZeRO 3, collectives in flight, a second pass, seeds of masks."""
+        model, train = self.model, self.train
+        whole = model.parametrization == "factored" and model.factored_layers == "all"
+        needs = (
+            ("model.parametrization=factored with model.factored_layers=all", whole),
+            ("deepspeed.stage 0, 1 or 2", self.deepspeed.stage < 3),
+            ("parallel.tensor=1", self.parallel.tensor == 1),
+            ("train.recompute=none", train.recompute == "none"),
+            (
+                "model.hidden_dropout=0 and model.attention_dropout=0",
+                not model.hidden_dropout + model.attention_dropout,
+            ),
+        )
+        missing = [setting for setting, holds in needs if not holds]
+        if train.compile and missing:
+            raise ValueError(f"train.compile needs {', '.join(missing)}: set it so, or leave train.compile out")
         return self
 
     @model_validator(mode="after")

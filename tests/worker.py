@@ -111,13 +111,11 @@ def _leave_group() -> None:
     from deepspeed.runtime.zero import Init
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from megatron.core import parallel_state
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from pretrain.engine import tear_down
 
     for engine in [thing for thing in gc.get_objects() if isinstance(thing, DeepSpeedEngine) and thing.module]:
         tear_down(engine)
-    RotaryEmbedding.forward.cache_clear()  # keyed by the module, which holds a group
     gc.collect()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

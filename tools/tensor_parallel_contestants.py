@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.communication import StepCollectives, TensorTraffic
 from model.config import ModelConfig, Projection, factored_projections, projections
-from model.gpt import EspalierModel, build_model
+from model.gpt import build_model
 from model.process_groups import device, tensor_index, tensor_size
 from pretrain.errors import ConfigError
 from tools.vanilla_low_rank import vanilla_collectives, vanilla_layers
@@ -25,7 +25,6 @@ class Contestant:
 
     name: str
     layers: Sequence[nn.Module]
-    rotary: Tensor | None
     stream: Tensor
     """Input `(seq, batch, hidden)`, or `(seq, batch, hidden/tp)`, that wants a gradient."""
     expected: StepCollectives
@@ -40,7 +39,7 @@ class Contestant:
                 parameter.grad = None
         output = self.stream
         for layer in self.layers:
-            output, _ = layer(output, attention_mask=None, rotary_pos_emb=self.rotary)
+            output, _ = layer(output, attention_mask=None)
         yield output
         output.backward(torch.ones_like(output))
         yield output
@@ -80,7 +79,7 @@ def build_contestants(arguments: argparse.Namespace, hidden: int) -> list[Contes
         for projection in projections(config):
             expected.add(traffic(projection))
         stream = stream.to(device(), dtype).requires_grad_()
-        return Contestant(name, list(layers.to(dtype)), _rotary(dense), stream, expected, width)
+        return Contestant(name, list(layers.to(dtype)), stream, expected, width)
 
     def vanilla(shared: bool) -> Contestant:
         layers = vanilla_layers(dense, config, ranks, seed=SEED, shared=shared)
@@ -119,8 +118,3 @@ def _check_sizes(config: ModelConfig, arguments: argparse.Namespace) -> None:
     for what, size in (("heads", config.heads), ("inner width", config.ffn_width), ("rank", rank)):
         if size < processes or size % processes:
             raise ConfigError(f"{what} {size} does not divide over {processes} processes: change --hidden")
-
-
-def _rotary(model: EspalierModel) -> Tensor | None:
-    config = model.model_config
-    return model.rotary_pos_emb(config.sequence_length) if config.family == "llama" else None
