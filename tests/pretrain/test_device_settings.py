@@ -100,6 +100,23 @@ def test_deterministic_algorithms_are_a_setting(monkeypatch: pytest.MonkeyPatch)
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def _timeouts(stage: int, hang_seconds: float) -> set[timedelta]:
+    """Of all groups that a run makes."""
+    initialize_process_groups(2, collective_timeout(hang_seconds))
+    config = ModelConfig(family="llama", layers=1, hidden=32, heads=4, sequence_length=16, vocabulary=100)
+    small_run = SmallRun(config, {p.name: 4 for p in factored_projections(config)}, Case(tensor=2, stage=stage))
+    small_run.train(1)
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+    assert len(groups) > 5
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}  # type: ignore[attr-defined]
+
+
+def test_every_group_waits_longer_than_the_watchdog() -> None:
+    """DeepSpeed's, too, should it ever make one."""
+    for timeouts in run(_timeouts, 2, 3, 7200.0):
+        assert timeouts == {timedelta(seconds=7500)}
+
+
 RAISING = {
     "_adaptive_avg_pool2d_backward", "avg_pool3d_backward", "bincount", "cumsum", "grid_sampler_2d_backward", "histc",
     "kthvalue", "max_unpool2d", "median", "nll_loss2d_forward", "put_", "reflection_pad1d_backward",
@@ -152,23 +169,6 @@ def test_no_operator_of_a_step_lacks_a_deterministic_form(family: str, tensor: i
         assert {"mm", "native_layer_norm", "addmm"} & names
         assert not RAISING & names
         assert filled == plain
-
-
-def _timeouts(stage: int, hang_seconds: float) -> set[timedelta]:
-    """Of all groups that a run makes."""
-    initialize_process_groups(2, collective_timeout(hang_seconds))
-    config = ModelConfig(family="llama", layers=1, hidden=32, heads=4, sequence_length=16, vocabulary=100)
-    small_run = SmallRun(config, {p.name: 4 for p in factored_projections(config)}, Case(tensor=2, stage=stage))
-    small_run.train(1)
-    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
-    assert len(groups) > 5
-    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}  # type: ignore[attr-defined]
-
-
-def test_every_group_waits_longer_than_the_watchdog() -> None:
-    """DeepSpeed's, too, should it ever make one."""
-    for timeouts in run(_timeouts, 2, 3, 7200.0):
-        assert timeouts == {timedelta(seconds=7500)}
 
 
 def test_a_collective_outlasts_the_watchdog() -> None:
