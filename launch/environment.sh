@@ -53,17 +53,6 @@ require_headers() { # python
         fail "$1 has no C headers, and DeepSpeed compiles a small operator against them: install its development package (on Debian: python3-dev)"
 }
 
-require_packages() { # python
-    "$1" -c '
-import importlib.util, sys
-needed = ["torch", "deepspeed", "megatron", "numpy", "pydantic", "yaml", "sentencepiece", "safetensors", "tokenizers",
-          "transformers", "tensorboard", "matplotlib", "rich", "tqdm", "xxhash", "zstandard"]
-missing = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
-if missing:
-    sys.exit(f"error: {sys.executable} has no {missing}: install them, or unset ESPALIER_USE_CURRENT_PYTHON")
-'
-}
-
 suits() { # python
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
@@ -161,7 +150,7 @@ if [ "${ESPALIER_USE_CURRENT_PYTHON:-}" = 1 ] || [ ! -f "$espalier_root/setup.py
     current="${ESPALIER_PYTHON:-python3}"
     suits "$current" || fail "$current is not a Python of 3.11 or newer: name one with ESPALIER_PYTHON"
     require_compiler
-    require_packages "$current"
+    "$current" "$espalier_root/launch/installed_packages.py"
     exit 0
 fi
 

@@ -17,6 +17,8 @@ import torch
 from model.arithmetic import total_parameters, trained_parameters
 from pretrain.checkpoint_format import FP32_BYTES, KEYS
 from pretrain.config import RunConfig, dump_config
+from pretrain.device_check import check_device
+from pretrain.errors import ConfigError
 from pretrain.rank_outlook import moments
 from pretrain.run_folder import git_revision, installed_versions
 from pretrain.tokenizer import main_file
@@ -39,6 +41,8 @@ class NodeFacts:
     """Short for the resolved settings."""
     gpus: list[tuple[str, int]] = field(default_factory=list)
     """Name and bytes of memory, in the order in which processes take them."""
+    device_error: str = ""
+    """Why training on them is impossible."""
     visible: str = ""
     """`CUDA_VISIBLE_DEVICES`; empty: all."""
     cores: int = 0
@@ -65,6 +69,7 @@ def gather(config: RunConfig, slots: int, *, token: Path, clock_seconds: float) 
         revision=git_revision(),
         config=hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],
         gpus=[(one.name, one.total_memory) for one in properties],
+        device_error=_device_error(config.train.precision, min(slots, max(1, len(devices)))),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         cores=len(psutil.Process().cpu_affinity()),
         memory_bytes=psutil.virtual_memory().total,
@@ -73,6 +78,14 @@ def gather(config: RunConfig, slots: int, *, token: Path, clock_seconds: float) 
         sees_folder=token.exists(),
         clock_seconds=clock_seconds,
     )
+
+
+def _device_error(precision: str, processes: int) -> str:
+    try:
+        check_device(precision, processes)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def nearest_folder(path: Path) -> Path:

@@ -4,9 +4,10 @@
 #   bash launch/offline_wheels.sh --out wheels --python 3.12              # where there is an index
 #   python3.12 -m pip install --no-index --no-deps wheels/*.whl           # on the other machine
 #   python3.12 -m pip check                                               # there: what else it lacks; name that, too:
-#   bash launch/offline_wheels.sh --out wheels --python 3.12 sentencepiece zstandard
+#   bash launch/offline_wheels.sh --out wheels --python 3.12 sentencepiece xxhash
 #
-# By itself it takes what machines with torch commonly lack: deepspeed, megatron-core, pydantic and what these bring.
+# By itself it takes what machines with torch commonly lack: deepspeed, megatron-core, pydantic and what these bring,
+# zstandard, and liger-kernel (which wants the triton of a torch for CUDA).
 # Versions are those of constraints.txt. DeepSpeed is on no index as a wheel: it is built here from its source, without
 # compiled operators, and fits any Python.
 #
@@ -17,7 +18,7 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-packages=(megatron-core pydantic pydantic_core annotated-types typing-inspection hjson py-cpuinfo)
+packages=(megatron-core pydantic pydantic_core annotated-types typing-inspection typing_extensions hjson py-cpuinfo zstandard liger-kernel)
 
 refuse() {
     echo "error: $*" >&2

@@ -133,6 +133,8 @@ def judge(nodes: Sequence[NodeFacts], config: RunConfig, needed_bytes: int) -> t
                 f"the clock of {node.host} is {node.clock_seconds:+.1f} s off that of {first.host}: let NTP set both"
             )
     for node in nodes:
+        if node.device_error:
+            errors.append(f"{node.host}: {node.device_error}")
         if node.gpus and node.slots > len(node.gpus):
             errors.append(
                 f"{node.host} has {len(node.gpus)} GPUs, and its line in the hostfile {node.slots} slots: lower slots"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,9 @@ def _answer_cpu_as_current_device() -> None:
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 
-def initialize_process_groups(tensor_parallel: int) -> None:
-    """Builds tensor- and data-parallel groups over the already initialized default group.
+def initialize_process_groups(tensor_parallel: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Builds tensor- and data-parallel groups over the already initialized default group; a collective of theirs that
+    takes longer than `timeout` ends the process.
 
     Raises `ValueError` when the number of processes is not a multiple of `tensor_parallel`.
     """
@@ -32,7 +34,10 @@ def initialize_process_groups(tensor_parallel: int) -> None:
     if processes % tensor_parallel:
         raise ValueError(f"{processes} processes do not divide into tensor-parallel groups of {tensor_parallel}")
     _answer_cpu_as_current_device()
-    parallel_state.initialize_model_parallel(tensor_parallel, create_gloo_process_groups=False)
+    minutes = timeout / timedelta(minutes=1)
+    parallel_state.initialize_model_parallel(
+        tensor_parallel, create_gloo_process_groups=False, distributed_timeout_minutes=minutes
+    )
 
 
 @contextmanager

@@ -56,6 +56,12 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of weights and arithmetic; masters are fp32"
     )
+    tf32: bool = Field(
+        False, description="fp32 products on a GPU's tensor cores, operands rounded to 10 bits of mantissa"
+    )
+    deterministic: bool = Field(
+        False, description="the same bits in every run of the same layout, also on a GPU, where that costs time"
+    )
     recompute: Recompute = Field(
         "none", description="in the backward pass: nothing, all but the bottlenecks (factors), or whole layers"
     )
@@ -66,6 +72,15 @@ class TrainConfig(_Section):
     validate_every: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
     validation_sequences: int = Field(64, ge=0, description="sequences per validation over all processes; 0: none")
     log_every: int = Field(10, ge=1, description="steps between two log lines")
+
+    @model_validator(mode="after")
+    def _tf32_belongs_to_fp32(self) -> "TrainConfig":
+        if self.tf32 and self.precision != "fp32":
+            raise ValueError(
+                f"train.tf32 is true, and with train.precision {self.precision} no product of the model is in fp32: "
+                "set train.precision=fp32 or leave train.tf32 out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _masks_belong_to_mlm(self) -> "TrainConfig":

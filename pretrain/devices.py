@@ -27,6 +27,8 @@ class DeviceFacts:
     """In 16 bits, on tensor cores."""
     peak_fp32_flops: float
     """Without them."""
+    memory_bytes_per_second: float
+    """To its own memory."""
     node_bytes_per_second: float
     """To other devices of the node, one way."""
     network_bytes_per_second: float
@@ -36,10 +38,10 @@ class DeviceFacts:
 
 
 DEVICES = {
-    "h100": DeviceFacts(80 * 2**30, PEAK_FLOPS["H100"], 67e12, 450e9, 50e9, 50e9),
-    "h200": DeviceFacts(141e9, PEAK_FLOPS["H200"], 67e12, 450e9, 50e9, 50e9),
-    "a100": DeviceFacts(80 * 2**30, PEAK_FLOPS["A100"], 19.5e12, 300e9, 25e9, 25e9),
-    "cpu": DeviceFacts(64 * 2**30, 1e12, 1e12, 10e9, 1.25e9, 20e9),
+    "h100": DeviceFacts(80 * 2**30, PEAK_FLOPS["H100"], 67e12, 3.35e12, 450e9, 50e9, 50e9),
+    "h200": DeviceFacts(141e9, PEAK_FLOPS["H200"], 67e12, 4.8e12, 450e9, 50e9, 50e9),
+    "a100": DeviceFacts(80 * 2**30, PEAK_FLOPS["A100"], 19.5e12, 2.0e12, 300e9, 25e9, 25e9),
+    "cpu": DeviceFacts(64 * 2**30, 1e12, 1e12, 20e9, 10e9, 1.25e9, 20e9),
 }
 """Of the CPU, of which nothing is known, a round figure for one process of a few cores and 10 Gbit/s."""
 

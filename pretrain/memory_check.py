@@ -19,16 +19,19 @@ def check_memory(config: RunConfig, processes: int) -> None:
     copy = plan.optimizer if config.checkpoint.background else 0
     states = plan.weights + plan.gradients + plan.optimizer
     if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
         places = [
-            ("of the GPU", states, torch.cuda.get_device_properties().total_memory),
-            ("here", plan.host + copy, host),
+            (f"of the GPU are free (it has {whole / 1e9:,.1f} GB)", states, free),
+            ("here are there", plan.host + copy, host),
         ]
     else:
-        places = [(f"of the machine's memory, shared by {neighbours} processes,", states + plan.host + copy, host)]
+        places = [
+            (f"of the machine's memory, shared by {neighbours} processes, are there", states + plan.host + copy, host)
+        ]
     for place, needed, available in places:
         if needed > available:
             raise ConfigError(
                 f"weights, gradients and optimizer of the first step take {needed / 1e9:,.1f} GB a process, and "
-                f"{available / 1e9:,.1f} GB {place} are there: raise parallel.tensor, deepspeed.stage or the number of "
+                f"{available / 1e9:,.1f} GB {place}: raise parallel.tensor, deepspeed.stage or the number of "
                 "processes, or lower the model's sizes (tools/plan_run.py shows what fits)"
             )

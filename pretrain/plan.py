@@ -1,9 +1,10 @@
 """What a run would take on a number of devices: memory, messages, seconds, and where it stops scaling.
 
-    step = FLOPs / (efficiency · peak) + tensor-parallel messages + (1 - overlap) · data-parallel messages + host
+    step = computation + tensor-parallel messages + (1 - overlap) · data-parallel messages + host
 
-FLOPs are those executed, recomputation included. The peak, the efficiency and the links are assumptions, since nobody
-has measured a run that does not exist: `Assumptions` holds them all.
+`pretrain/compute_plan.py` prices the computation, of which a dense step is FLOPs / (efficiency · peak), recomputation
+included. The peak, the efficiency and the links are assumptions, since nobody has measured a run that does not exist:
+`Assumptions` holds them all.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from typing import Any
 from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from model.config import ModelConfig, projections
 from pretrain.communication_plan import CommunicationPlan, Links, plan_communication
+from pretrain.compute_plan import Arithmetic, compute_seconds
 from pretrain.config import RunConfig
 from pretrain.config_file import find_file, read_json
 from pretrain.deepspeed_config import BUCKET_ELEMENTS, deepspeed_dict
 from pretrain.errors import ConfigError
 from pretrain.layout import lay_out
 from pretrain.memory_plan import MemoryPlan, Setup, ZeroBuffers, plan_memory
-from pretrain.rank_outlook import Moment
+from pretrain.rank_outlook import Moment, dense_twin
 
 MOST_PROCESSES = 8192
 """Where a scaling table ends."""
@@ -47,9 +49,7 @@ class Machine:
 class Assumptions:
     """What is taken for granted."""
 
-    peak_flops: float
-    efficiency: float
-    """Share of the peak that a step reaches while it computes."""
+    arithmetic: Arithmetic
     usable: float
     """Share of a device's memory that tensors may have; the rest is for context, libraries and fragmentation."""
     overlap: float
@@ -151,6 +151,8 @@ def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptio
     messages = plan_communication(model, ranks, setup, assumed.links, machine.devices_per_node)
     trained = trained_parameters(model, ranks)
     stepped = trained / (layout.tensor * layout.data)
+    dense, again = dense_twin(model), "none" if setup.recompute == "none" else "layers"
+    dense_flops = training_flops_per_token(dense, {}) + recomputed_flops_per_token(dense, {}, again)
     host_seconds = 0.0
     if setup.offload:
         host_seconds = 2 * setup.element_bytes * stepped / assumed.links.host_bytes_per_second
@@ -162,7 +164,7 @@ def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptio
         flops,
         plan_memory(model, ranks, setup),
         messages,
-        compute_seconds=flops / (layout.tensor * layout.data) / (assumed.peak_flops * assumed.efficiency),
+        compute_seconds=compute_seconds(model, ranks, setup, assumed.arithmetic, dense_flops),
         tensor_seconds=messages.seconds("tensor"),
         data_seconds=messages.seconds("data") * (1.0 - assumed.overlap),
         host_seconds=host_seconds,

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state
 
+from pretrain.config import GuardConfig, RunConfig
+from pretrain.device_check import check_device, meet
+from pretrain.device_settings import collective_timeout, settle_device
 from pretrain.errors import ConfigError, EspalierError
 
 Result = TypeVar("Result")
@@ -39,9 +42,9 @@ def imports_out_of_collection() -> Iterator[None]:
 
 
 @contextmanager
-def joined_processes() -> Iterator[int]:
+def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
     """Joins the processes the launcher started (without a launcher: alone) and leaves them in order; yields their
-    number.
+    number. How they compute and how long they wait for each other follows from `config`, or is as by default.
 
     Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
     """
@@ -55,12 +58,19 @@ def joined_processes() -> Iterator[int]:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
+    settle_device(config)
+    precision, guard = ("fp32", GuardConfig()) if config is None else (config.train.precision, config.guard)
+    check_device(precision, max(processes_here(), int(os.environ["LOCAL_RANK"]) + 1))
+    check_precision(precision)
+    timeout = collective_timeout(guard.hang_seconds)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     try:
+        if backend == "nccl":
+            meet(torch.device("cuda", torch.cuda.current_device()))
         with imports_out_of_collection():
             yield dist.get_world_size()
     finally:
@@ -73,6 +83,14 @@ def _take_place_from_mpi() -> None:
     for ours, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
         if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
             os.environ.setdefault(ours, os.environ[f"OMPI_COMM_WORLD_{theirs}"])
+
+
+def processes_here() -> int:
+    """Processes of this node by its launcher's word (DeepSpeed's, torchrun's, OpenMPI's); 1 if it says nothing."""
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return 1
 
 
 def _end_with_the_launcher() -> None:

@@ -34,8 +34,12 @@ def moments(config: RunConfig) -> list[Moment]:
             found.append(Moment(f"step {event.step}", model, dict.fromkeys(ranks, event.rank)))
     elif ranks and config.rank.policy != "fixed":
         found.append(Moment("cap" if config.rank.budget is None else "budget", model, largest_ranks(config)))
-    dense = model.model_copy(update={"parametrization": "dense", "trained": "all"})
-    return [*found, Moment("dense", dense, {})]
+    return [*found, Moment("dense", dense_twin(model), {})]
+
+
+def dense_twin(model: ModelConfig) -> ModelConfig:
+    """The same architecture without factors."""
+    return model.model_copy(update={"parametrization": "dense", "trained": "all"})
 
 
 def largest_ranks(config: RunConfig) -> dict[str, int]:

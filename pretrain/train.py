@@ -20,6 +20,7 @@ from pathlib import Path
 from model.process_groups import initialize_process_groups
 from pretrain.config import RunConfig, load_config, print_config
 from pretrain.corpus import open_corpus
+from pretrain.device_settings import collective_timeout
 from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import EspalierError, NumericalError, StopSignal, agreed, run_command
 from pretrain.guard import Guard, RollBack, Signals
@@ -27,7 +28,7 @@ from pretrain.health import lost_peers_told, reach, watched
 from pretrain.memory_check import check_memory
 from pretrain.monitor import Monitor
 from pretrain.objective import corpus_for, mask_token
-from pretrain.processes import check_precision, is_first_process, joined_processes, together
+from pretrain.processes import is_first_process, joined_processes, together
 from pretrain.progress import samples_of_the_run
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
@@ -114,7 +115,7 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     config = config.with_vocabulary(tokenizer.vocabulary)
     config.layout(processes)  # once more: only now is the vocabulary known
     together(lambda: check_memory(config, processes))
-    initialize_process_groups(config.parallel.tensor)
+    initialize_process_groups(config.parallel.tensor, collective_timeout(config.guard.hang_seconds))
     signals, turned_back = Signals(), None
     with ExitStack() as stack:
         for context in (locked(folder), signals.caught(), watched(config.guard.hang_seconds), lost_peers_told()):
@@ -206,8 +207,7 @@ def main() -> None:
     if arguments.print_config:
         print_config(config)
         return
-    check_precision(config.train.precision)
-    with joined_processes() as processes:
+    with joined_processes(config) as processes:
         run_training(config, processes)
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from model.process_groups import initialize_process_groups
+from pretrain.device_settings import start_kernels_in_order
 from pretrain.errors import ConfigError, run_command
 from pretrain.processes import is_first_process, joined_processes
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
@@ -42,6 +43,8 @@ Row = dict[str, Any]
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.tensor > 1:
+        start_kernels_in_order()
     with joined_processes(), freed_memory_returned():
         measure(arguments)
 

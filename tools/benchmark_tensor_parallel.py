@@ -36,6 +36,7 @@ from torch import Tensor
 from model.collective_counter import CollectiveCounter
 from model.communication import Collective, StepCollectives, total
 from model.process_groups import device, initialize_process_groups, tensor_size
+from pretrain.device_settings import start_kernels_in_order
 from pretrain.errors import ConfigError, run_command
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
 from tools.arguments import output_file, positive
@@ -69,6 +70,7 @@ def main() -> None:
 @contextmanager
 def _one_tensor_parallel_group() -> Iterator[None]:
     """Joins the launcher's processes; without DeepSpeed, which has no part in the layers and compiles at its start."""
+    start_kernels_in_order()
     if torch.cuda.is_available():
         local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= devices:

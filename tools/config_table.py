@@ -3,7 +3,7 @@
     python tools/config_table.py              (prints it)
     python tools/config_table.py --write      (puts it into docs/configs.md)
 
-The machine is assumed, not measured: nodes of eight H100, 40 % of the peak while a step computes, nothing hidden
+The machine is assumed, not measured: nodes of eight H100, 40 % of the peak in a dense step, nothing hidden
 (`tools/plan_run.py --help`). "Most" is the largest that ranks may grow to.
 """
 

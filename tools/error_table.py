@@ -29,7 +29,7 @@ AREAS = {
     "|model/config",
     "Text, tokenizers, corpora": "pretrain/(corpus|.*tokenizer|index_check|sample_order|objective)"
     "|tools/(documents|preprocess_corpus|corpus_.*|text_encoding|train_tokenizer|wikitext)",
-    "Start and launch": "launch/.*|pretrain/(processes|devices|run_lock|run_folder|memory_check)",
+    "Start and launch": "launch/.*|pretrain/(processes|device_.*|devices|run_lock|run_folder|memory_check)",
     "Training": "pretrain/(train|trainer|guard|health|faults|rank_control|augmentation|engine|probe|tracking|monitor)",
     "Checkpoints and resume": "pretrain/(checkpoint_.*|resume|retention|saving|initial_values|replicas|partitioned"
     "|optimizer_state|progress|stash)",

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from pretrain.communication_plan import Links
+from pretrain.compute_plan import Arithmetic
 from pretrain.config import RunConfig, load_config
 from pretrain.devices import DEVICES
 from pretrain.errors import ConfigError, run_command
@@ -28,7 +29,7 @@ from pretrain.run_folder import replace_text
 from pretrain.tokenizer import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
 
-EFFICIENCY, USABLE, OVERLAP = 0.4, 0.92, 0.0
+EFFICIENCY, PRODUCT_SHARE, USABLE, OVERLAP = 0.4, 0.6, 0.92, 0.0
 NODE_LATENCY_SECONDS, NETWORK_LATENCY_SECONDS = 5e-6, 15e-6
 HOST_MEMORY_BYTES = 2**40
 HOST_MEMORY_BYTES_PER_SECOND = 200e9
@@ -189,7 +190,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--memory", metavar="SIZE", help="of one device, such as 80GiB")
     group.add_argument("--host-memory", metavar="SIZE", help="of one node; 1024GiB")
     group.add_argument("--peak-flops", type=above_zero, metavar="FLOP/S", help="of a device in the run's precision")
-    group.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of it that a step reaches")
+    group.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of it that a dense step reaches")
+    group.add_argument(
+        "--product-share", type=float, default=PRODUCT_SHARE, help="share of a dense step in products and attention"
+    )
+    group.add_argument("--memory-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to its own memory")
     group.add_argument("--usable", type=float, default=USABLE, help="share of the memory that tensors may have")
     group.add_argument("--overlap", type=float, default=OVERLAP, help="share of data-parallel messages that is hidden")
     group.add_argument("--node-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to others of its node")
@@ -223,17 +228,22 @@ def _surroundings(arguments: argparse.Namespace, precision: str) -> tuple[Machin
         arguments.node_latency,
         arguments.network_latency,
     )
-    for name, lowest in (("efficiency", 1e-9), ("usable", 1e-9), ("overlap", 0.0)):
+    for name, lowest in (("efficiency", 1e-9), ("product_share", 0.0), ("usable", 1e-9), ("overlap", 0.0)):
         share = getattr(arguments, name)
         if not lowest <= share <= 1.0:
-            raise ConfigError(f"--{name} is {share:g}, and it is a share: give a number from 0 to 1")
+            raise ConfigError(f"--{name.replace('_', '-')} is {share:g}, and it is a share: give a number from 0 to 1")
     for name in ("node_latency", "network_latency"):
         if getattr(arguments, name) < 0.0:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(arguments, name):g}: give seconds from 0 upwards")
-    assumed = Assumptions(
+    arithmetic = Arithmetic(
         arguments.peak_flops or peak,
         arguments.efficiency,
+        arguments.memory_bandwidth or facts.memory_bytes_per_second,
+        arguments.product_share,
+    )
+    assumed = Assumptions(
+        arithmetic,
         arguments.usable,
         arguments.overlap,
         links,
@@ -262,9 +272,11 @@ def main() -> None:
         f"accumulation {layout.accumulation}, micro-batch {setup.micro_batch}, {setup.precision}, ZeRO {setup.stage}"
         f"{', optimizer offloaded' if setup.offload else ''}, recomputation {setup.recompute}"
     )
-    links = assumed.links
+    links, arithmetic = assumed.links, assumed.arithmetic
     print(
-        f"assumed: {arguments.device}, {assumed.peak_flops:.3g} FLOP/s at {assumed.efficiency:.0%}; bytes/s "
+        f"assumed: {arguments.device}, {arithmetic.peak_flops:.3g} FLOP/s at {arithmetic.efficiency:.0%} in a dense "
+        f"step, of which {arithmetic.product_share:.0%} are products; thin products wait for memory below "
+        f"{arithmetic.balance:.0f} FLOPs a byte ({arithmetic.memory_bytes_per_second:.3g} bytes/s); bytes/s "
         f"{links.node_bytes_per_second:.3g} in a node, {links.network_bytes_per_second:.3g} between nodes, "
         f"{links.host_bytes_per_second:.3g} to the host, "
         f"{assumed.host_memory_bytes_per_second:.3g} in its memory; latencies {links.node_latency_seconds:g} and "

@@ -15,12 +15,13 @@ On a GPU the times are those of the kernels that an operator started.
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,20 +45,32 @@ def profile_step(contestant: Contestant, vocabulary: int, folder: Path) -> dict[
         start = time.perf_counter()
         contestant.step()
         seconds = time.perf_counter() - start
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS, max_name_column_width=70)
     (folder / f"{contestant.name}.txt").write_text(table + "\n", encoding="utf-8")
+    return seconds_by_category(profiler.events(), vocabulary, seconds)
+
+
+def seconds_by_category(events: Iterable[FunctionEvent], vocabulary: int, step_seconds: float) -> dict[str, float]:
+    """The step's seconds, each once."""
     found = dict.fromkeys(CATEGORIES, 0.0)
-    for event in profiler.events():
+    for event in events:
         found[category_of(event, vocabulary)] += own_seconds(event)
-    found[REST] = max(0.0, seconds - sum(found[name] for name in CATEGORIES if name != REST))
+    found[REST] = max(0.0, step_seconds - sum(found[name] for name in CATEGORIES if name != REST))
     return found
 
 
 def own_seconds(event: FunctionEvent) -> float:
-    """Time of an operator without the operators inside it."""
-    on_gpu = torch.cuda.is_available()
-    return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+    """Time of an operator without the operators inside it.
+
+    On a GPU torch's profiler tells of a kernel twice: at the operator that started it, which is counted, and as an
+    event of the device. A named range (`record_function`) is there as a kernel of itself that spans all of its own.
+    """
+    if event.device_type != DeviceType.CPU:
+        return 0.0
+    if not event.use_device:
+        return float(event.self_cpu_time_total) / 1e6
+    return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) / 1e6
 
 
 def category_of(event: FunctionEvent, vocabulary: int) -> str:

@@ -216,6 +216,7 @@ def test_equal_nodes_may_start(config: Path, tmp_path: Path) -> None:
         ({"sees_folder": False}, "set run.folder to a file system that all nodes share"),
         ({"gpus": [("H100", 10)], "slots": 4}, "other has 1 GPUs, and its line in the hostfile 4 slots"),
         ({"files": {"data.tokenizer": "missing"}}, "other does not find data.tokenizer"),
+        ({"device_error": "H100 has no bf16"}, "other: H100 has no bf16"),
         ({"error": "there is no config"}, "other: there is no config"),
     ],
 )

@@ -13,6 +13,8 @@ from pretrain.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("launch/environment.sh", "launch/offline_wheels.sh", "launch/quickstart.sh", "tests/run.sh")
+CHECK = ("launch/installed_packages.py", "pretrain/errors.py")
+"""What launch/environment.sh calls."""
 
 
 def run_script(script: Path, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -32,7 +34,7 @@ def run_script(script: Path, *arguments: str, folder: Path = ROOT, **environment
 def checkout(tmp_path: Path) -> Path:
     """A checkout with the scripts and nothing installed; its path has a space."""
     copy = tmp_path / "fresh checkout"
-    for script in (*SCRIPTS, "setup.py", "constraints.txt"):
+    for script in (*SCRIPTS, *CHECK, "setup.py", "constraints.txt"):
         (copy / script).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / script, copy / script)
     return copy
@@ -198,7 +200,6 @@ def test_offline_wheels_fit_another_python(tmp_path: Path):
         str(tmp_path),
         "--python",
         "3.12",
-        "zstandard",
         ESPALIER_PYTHON=sys.executable,
     )
     assert done.returncode == 0, done.stderr
@@ -206,5 +207,7 @@ def test_offline_wheels_fit_another_python(tmp_path: Path):
     assert [name for name in wheels if "cp3" in name and "cp312" not in name] == []
     packages = {name.partition("-")[0] for name in wheels}
     assert {"deepspeed", "megatron_core", "pydantic", "pydantic_core", "hjson", "zstandard"} <= packages
+    assert {"typing_extensions", "liger_kernel"} <= packages
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 32 * 2**20
     assert "torch" not in packages
     assert next(name for name in wheels if name.startswith("deepspeed")).endswith("-py3-none-any.whl")

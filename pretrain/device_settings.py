@@ -1,0 +1,86 @@
+"""What is settled before a process first uses its device: variables that CUDA reads once, and torch's switches.
+
+    PYTORCH_ALLOC_CONF=expandable_segments:True     ranks grow, so blocks of a size are freed that nobody asks for again
+    CUDA_DEVICE_MAX_CONNECTIONS=1                   tensor parallelism: kernels start in the order in which they are
+                                                    issued, so an all-reduce issued first overlaps with what follows it
+    CUBLAS_WORKSPACE_CONFIG=:4096:8                 train.deterministic: products in a fixed order
+
+What the user has set stays as it is. The equation of `train.tf32`: products of fp32 matrices round their operands to 10
+bits of mantissa, and add in fp32.
+"""
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.errors import ConfigError
+
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch 2.10 to 2.13 read both, and of the older, second one some say that it is deprecated."""
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""What torch accepts under deterministic algorithms; the first is as large as the usual one of a Hopper card."""
+TIMEOUT_MARGIN_SECONDS = 300.0
+"""Our watchdog looks every 10 s and observes the others for 30; a host may be a step ahead of what its device does."""
+LONGEST_TIMEOUT = timedelta(days=20)
+"""Stands for no end: libraries below count milliseconds in 32 bits."""
+
+
+def settle_device(config: RunConfig | None) -> None:
+    """Sets all of it; without a config, what does not depend on one."""
+    if not any(name in os.environ for name in ALLOCATOR_NAMES):
+        os.environ[ALLOCATOR_NAMES[0]] = "expandable_segments:True"
+    if "DEEPSPEED_TIMEOUT" in os.environ:
+        _warn("DEEPSPEED_TIMEOUT is not read: how long processes wait for each other follows from guard.hang_seconds")
+    if config is None:
+        return
+    if config.parallel.tensor > 1:
+        start_kernels_in_order()
+    settle_arithmetic(deterministic=config.train.deterministic, tf32=config.train.tf32)
+
+
+def start_kernels_in_order() -> None:
+    """For tensor parallelism: what `model/bottleneck.py` and megatron-core issue first also starts first."""
+    found = os.environ.setdefault(CONNECTIONS, "1")
+    if found != "1":
+        _warn(
+            f"{CONNECTIONS} is {found}, and with parallel.tensor above 1 messages overlap with computation as meant "
+            "only at 1: unset it"
+        )
+
+
+def _warn(sentence: str) -> None:
+    """Once, of all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def settle_arithmetic(*, deterministic: bool, tf32: bool) -> None:
+    """How this process computes from now on. ConfigError if a variable forbids it."""
+    if deterministic:
+        found = os.environ.setdefault(WORKSPACE, DETERMINISTIC_WORKSPACES[0])
+        if found not in DETERMINISTIC_WORKSPACES:
+            raise ConfigError(
+                f"train.deterministic is true, and {WORKSPACE} is {found!r}: set it to "
+                f"{' or '.join(DETERMINISTIC_WORKSPACES)}, or unset it"
+            )
+    torch.use_deterministic_algorithms(deterministic)
+    # It would fill every new tensor: seconds without a use, since nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # cuDNN's backward pass adds in any order (torch 2.13); flash and memory-efficient attention obey the switch above.
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
+    # Said in both cases: images of NVIDIA's set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which would switch it on unasked.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def collective_timeout(hang_seconds: float) -> timedelta:
+    """How long a collective may take before torch ends the process, so that our watchdog, which can say who is to
+    blame, comes first. `hang_seconds` 0: for ever. It counts in all groups, those of megatron-core included; DeepSpeed,
+    asked through `DeepSpeedProcessGroups`, makes none of its own."""
+    if hang_seconds == 0.0:
+        return LONGEST_TIMEOUT
+    return min(LONGEST_TIMEOUT, timedelta(seconds=hang_seconds + TIMEOUT_MARGIN_SECONDS))
