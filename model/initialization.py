@@ -58,8 +58,8 @@ def orthonormal_columns(size: int, count: int, generator: torch.Generator, devic
 
 
 def cholesky_orthonormal(columns: Tensor) -> Tensor:
-    """Q of `columns (size, count)` = Q R, R with a positive diagonal: X L⁻ᵀ with L Lᵀ = Xᵀ X, in fp64 for its condition,
-    which is that of X squared. Five kernels and no host wait, where Householder's reflections take several a column."""
+    """Q of `columns (size, count)` = X = Q R, R with a positive diagonal: X L⁻ᵀ with L Lᵀ = Xᵀ X, whose condition is
+    that of X squared, and so in fp64. A handful of kernels, where Householder's reflections take several a column."""
     double = columns.double()
     root, _ = torch.linalg.cholesky_ex(double.t() @ double)
     return torch.linalg.solve_triangular(root, double.t(), upper=False).t().to(columns.dtype)

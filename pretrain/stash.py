@@ -13,7 +13,7 @@ pages, at 2 to 3 GB/s, and back again.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -111,11 +111,11 @@ def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes:
     for fragment in fragments:
         storages.setdefault(fragment.values.untyped_storage().data_ptr(), []).append(fragment)
     for held in storages.values():
-        starts = [fragment.values.storage_offset() for fragment in held]
+        starts = [int(fragment.values.storage_offset()) for fragment in held]
         first = min(starts)
         end = max(start + fragment.values.numel() for start, fragment in zip(starts, held, strict=True))
         flat = held[0].values.detach().as_strided((end - first,), (1,), first)
-        chunk = max(1, chunk_bytes // flat.element_size())
+        chunk = chunk_bytes // flat.element_size()
         copies = []
         for part in flat.split(chunk):
             copies.append(host_copy(part, locked=lockable_bytes >= part.nbytes))
@@ -124,7 +124,7 @@ def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes:
             yield from _pieces(fragment, start - first, chunk, copies)
 
 
-def _pieces(fragment: Fragment, place: int, chunk: int, copies: list[Tensor]) -> Iterator[Fragment]:
+def _pieces(fragment: Fragment, place: int, chunk: int, copies: Sequence[Tensor]) -> Iterator[Fragment]:
     """The fragment's values out of `copies` of a flat tensor, each of `chunk` numbers, in which it starts at
     `place`."""
     end = place + fragment.values.numel()

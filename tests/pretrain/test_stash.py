@@ -38,9 +38,8 @@ def test_pieces_of_copies_make_up_every_fragment(chunk: int) -> None:
             assert piece.start == at
             at += len(piece.values)
     storages = {copy.values.untyped_storage().data_ptr() for copy in copies}
-    assert (
-        len(storages) == 2 * -(-161 // chunk) + 1
-    )  # 161: from the first fragment of a flat tensor to the last one's end
+    range_copied = 161  # from the first fragment of a flat tensor to the last one's end
+    assert len(storages) == 2 * -(-range_copied // chunk) + 1
 
 
 def test_a_copy_is_as_large_as_what_it_copies() -> None:
