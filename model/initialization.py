@@ -22,6 +22,7 @@ from torch import Tensor
 from model.config import ModelConfig, Projection, projections
 
 _GRID = 8192
+_HOST = torch.device("cpu")
 
 
 def generator_for(seed: int, *key: object) -> torch.Generator:
@@ -49,9 +50,19 @@ def gaussian_singular_values(rows: int, columns: int, count: int, std: float) ->
     return torch.from_numpy(std * np.sqrt(larger * quantiles)).float()
 
 
-def orthonormal_columns(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """`(size, count)` with orthonormal columns, uniformly distributed."""
-    return torch.linalg.qr(torch.randn(size, count, generator=generator)).Q
+def orthonormal_columns(size: int, count: int, generator: torch.Generator, device: torch.device = _HOST) -> Tensor:
+    """`(size, count)` with orthonormal columns, uniformly distributed, on `device`; drawn on the host, so that they are
+    the same everywhere, but for the sign of each column."""
+    drawn = torch.randn(size, count, generator=generator).to(device, non_blocking=True)
+    return cholesky_orthonormal(drawn) if drawn.is_cuda else torch.linalg.qr(drawn).Q
+
+
+def cholesky_orthonormal(columns: Tensor) -> Tensor:
+    """Q of `columns (size, count)` = X = Q R, R with a positive diagonal: X L⁻ᵀ with L Lᵀ = Xᵀ X, whose condition is
+    that of X squared, and so in fp64. A handful of kernels, where Householder's reflections take several a column."""
+    double = columns.double()
+    root, _ = torch.linalg.cholesky_ex(double.t() @ double)
+    return torch.linalg.solve_triangular(root, double.t(), upper=False).t().to(columns.dtype)
 
 
 def residual_scale(config: ModelConfig) -> float:
@@ -92,9 +103,11 @@ def initial_tensor(config: ModelConfig, name: str, shape: tuple[int, ...], seed:
     return initial_dense(name, shape, config.initial_std * scale, seed)
 
 
-def new_directions(name: str, step: int, count: int, size: int, norm: float, seed: int) -> Tensor:
-    """Rows `(count, size)` for a growing A: orthonormal, uniformly distributed, scaled to `norm`.
+def new_directions(
+    name: str, step: int, count: int, size: int, norm: float, seed: int, device: torch.device = _HOST
+) -> Tensor:
+    """Rows `(count, size)` for a growing A, on `device`: orthonormal, uniformly distributed, scaled to `norm`.
 
     They depend on seed, step and name alone, so that an event that is done again gives the same model.
     """
-    return norm * orthonormal_columns(size, count, generator_for(seed, name, "growth", step)).t()
+    return norm * orthonormal_columns(size, count, generator_for(seed, name, "growth", step), device).t()

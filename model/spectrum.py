@@ -10,6 +10,7 @@ columns of B are zero.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,10 @@ from torch import Tensor
 from model.factor_algebra import is_sharded, summed, symmetric_root
 from model.process_groups import tensor_group, tensor_size
 from model.sharding import TensorLayout
+
+SOLVER_MATRICES = 8
+"""Of `(rank, rank)` in fp64 that `singular_values` holds for a product: its Grams, both again in a batch, Cholesky's
+factor, two products of them, and what the eigenvalue problem works in."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,32 @@ def _gram(columns: Tensor) -> Tensor:
     return gram
 
 
-def singular_values(product: Grams) -> Tensor:
-    """All `(rank,)` singular values of B·A, largest first, in fp64."""
-    root, failed = torch.linalg.cholesky_ex(product.of_A)  # a tenth of the time of an eigenvalue problem with vectors
-    if failed:
-        root = symmetric_root(product.of_A)
-    return torch.linalg.eigvalsh(root.t() @ product.of_B @ root).clamp_min(0.0).sqrt().flip(0)
+def singular_values(products: Sequence[Grams]) -> list[Tensor]:
+    """All `(rank,)` singular values of each B·A, largest first, in fp64.
+
+    Those of equal rank are solved together, for a GPU: there one small eigenvalue problem takes as long as a batch of
+    them, and the host waits once for all Cholesky factors and once for every rank. It takes `SOLVER_MATRICES` matrices
+    `(rank, rank)` for each.
+    """
+    by_rank: dict[int, list[int]] = {}
+    for place, product in enumerate(products):
+        by_rank.setdefault(len(product.of_A), []).append(place)
+    if not by_rank:
+        return []
+    factored = [  # a tenth of the time of an eigenvalue problem with vectors
+        torch.linalg.cholesky_ex(torch.stack([products[place].of_A for place in places])) for places in by_rank.values()
+    ]
+    failures = iter(torch.cat([failed for _, failed in factored]).tolist())
+    found: list[Tensor] = [torch.empty(0)] * len(products)
+    for places, (roots, _) in zip(by_rank.values(), factored, strict=True):
+        for index, place in enumerate(places):
+            if next(failures):
+                roots[index] = symmetric_root(products[place].of_A)
+        turned = roots.mT @ torch.stack([products[place].of_B for place in places]) @ roots
+        values = torch.linalg.eigvalsh(turned).clamp_min(0.0).sqrt().flip(-1)
+        for place, row in zip(places, values, strict=True):
+            found[place] = row
+    return found
 
 
 def energy_rank(values: np.ndarray, share: float) -> int:
@@ -79,13 +104,6 @@ def energy_rank(values: np.ndarray, share: float) -> int:
         return 0
     # Summation order may cost the last bits.
     return int(np.searchsorted(energy, share * energy[-1] * (1.0 - 1e-12))) + 1
-
-
-def row_norm(A: Tensor) -> float:
-    """Root mean square of the norms of the full A's rows, from the parameter `A (rank, in/tp)`: the size of a new row;
-    a collective."""
-    square = summed(A.detach().double().square().sum(), is_sharded(A))
-    return float((square / A.shape[0]).sqrt())
 
 
 def gram_singular_values(gram: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ while second moments go as if entries were independent, v_B' = v_B (T⁻ᵀ)∘�
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -34,8 +35,9 @@ from model.gpt import EspalierModel, LayerWithFactors
 from model.initialization import new_directions
 from model.process_groups import device, tensor_index, tensor_size
 from model.sharding import TensorLayout
-from model.spectrum import grams, row_norm
+from model.spectrum import grams
 from pretrain.checkpoint_format import KEYS
+from pretrain.devices import synchronize
 from pretrain.engine import evaluating, release_free_memory, tear_down
 from pretrain.errors import agreed
 from pretrain.health import reach
@@ -43,11 +45,29 @@ from pretrain.optimizer_state import optimizer_state
 from pretrain.partitioned import gathered, replace_factors
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
 from pretrain.probe import Demand
-from pretrain.stash import Stash
+from pretrain.processes import is_first_process
+from pretrain.spectra import row_norms
+from pretrain.stash import Stash, host_copy
 
-# How far logits of the fixed batch may move, relative to the largest: products with zero columns change the order of
-# summation at most, and what that does depends on the precision.
-_LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+@dataclass(frozen=True)
+class _Tolerance:
+    """How far logits of the fixed batch may move, relative to the largest."""
+
+    expected: float
+    """Above it there is a warning."""
+    limit: float
+    """Above it the run ends."""
+
+
+# Products with zero columns change the order of summation at most. In random models of 24 layers other orders moved
+# logits by up to 1.5e-6 in fp32, 3.5e-3 in fp16 and 2.9e-2 in bf16 (directions permuted, products summed as two rounded
+# halves); a tensor out of place moves them by about 1. In fp32 nothing lies between the two.
+_LOGIT_TOLERANCE = {
+    torch.float32: _Tolerance(1e-4, 1e-4),
+    torch.bfloat16: _Tolerance(3e-2, 15e-2),
+    torch.float16: _Tolerance(1e-2, 5e-2),
+}
 
 
 @dataclass(frozen=True)
@@ -71,13 +91,15 @@ class GrowthPlan:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """What an event did: ranks of the layers that changed, and how long training stood still."""
+    """What an event did: ranks of the layers that changed, how long training stood still, and how far the logits of a
+    fixed batch moved, of their scale; None where directions were cut, and in records of earlier versions."""
 
     step: int
     consumed_samples: int
     before: dict[str, int]
     after: dict[str, int]
     seconds: float
+    logit_change: float | None = None
 
 
 def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[LayerMeasurement]:
@@ -113,15 +135,8 @@ def plan_growth(
     ranks = decision[0]
     if not ranks:
         return None
-    factors, present = model.factored_layers(), model.ranks()
-    norms = {}
-    for name in ranks:
-        if ranks[name] > present[name]:
-            with gathered([factors[name].A]):
-                norms[name] = row_norm(factors[name].A)
-    agreed_norms = [norms]
-    dist.broadcast_object_list(agreed_norms, src=0)
-    return GrowthPlan(step, ranks, agreed_norms[0])
+    present = model.ranks()
+    return GrowthPlan(step, ranks, row_norms(model, [name for name in ranks if ranks[name] > present[name]]))
 
 
 def augment(
@@ -141,6 +156,7 @@ def augment(
     Raises NumericalError when the logits are not finite before it or processes disagree about the plan, and
     RuntimeError when the logits are not what they were.
     """
+    synchronize()  # what the steps before left to do, and failed to, is not the event's
     start = time.perf_counter()
     model: EspalierModel = engine.module
     before = model.ranks()
@@ -154,6 +170,7 @@ def augment(
         for name, change in changes.items():
             _change_factors(model.factored_layers()[name], change)
         reach("event.changed")
+        release_free_memory()  # the new engine's tensors are as large as the old one's, and fit into no hole between
         engine = rebuild(model)
         reach("event.rebuilt")
         state = optimizer_state(engine)
@@ -163,11 +180,12 @@ def augment(
         state.finish_loading()
         state.load_counters(stash.counters)
     reach("event.restored")
+    moved = None
     if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
-        _check_logits(expected, _fixed_batch_logits(engine))
+        moved = _check_logits(expected, _fixed_batch_logits(engine))
     release_free_memory()
     changed = {name: before[name] for name in plan.ranks}
-    return engine, GrowthRecord(plan.step, consumed_samples, changed, plan.ranks, time.perf_counter() - start)
+    return engine, GrowthRecord(plan.step, consumed_samples, changed, plan.ranks, time.perf_counter() - start, moved)
 
 
 def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:
@@ -191,11 +209,11 @@ class _Growth:
     """Appends rows to A, which wait in host memory, and zero columns to B."""
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows.to("cpu", copy=True)
+        self._rows = host_copy(rows)
 
     def of_A(self, tensor: Tensor, key: str) -> Tensor:
         """`tensor (rank, in/tp)`: A itself or its state `key`."""
-        new = self._rows.to(tensor) if key == "master" else tensor.new_zeros(self._rows.shape)
+        new = self._rows.to(tensor, non_blocking=True) if key == "master" else tensor.new_zeros(self._rows.shape)
         return torch.cat([tensor, new])
 
     def of_B(self, tensor: Tensor, key: str) -> Tensor:
@@ -245,9 +263,9 @@ def _new_rows(
 ) -> Tensor:
     """This process's columns of the new rows of A, `(count, in/tp)`: the directed ones first."""
     norm, sharded = plan.row_norms[name], is_sharded(layer.A)
-    full = new_directions(name, plan.step, count, layer.input_size, norm, seed)
+    full = new_directions(name, plan.step, count, layer.input_size, norm, seed, layer.A.device)
     layout = TensorLayout(tuple(full.shape), dim=1 if sharded else None)
-    random = layout.shard(full, tensor_index(), tensor_size()).to(layer.A.device)
+    random = layout.shard(full, tensor_index(), tensor_size())
     if directed is None or not len(directed):
         return random
     first = directed[:count].to(random)
@@ -282,13 +300,15 @@ def _refuse_non_finite(logits: Tensor, step: int) -> None:
         raise agreed(f"the model's logits are not finite at step {step}: lower optimizer.learning_rate")
 
 
-def _check_logits(expected: Tensor, found: Tensor) -> None:
+def _check_logits(expected: Tensor, found: Tensor) -> float:
+    """The largest change over all processes; RuntimeError where it is none that rounding can explain."""
     change = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     change = change.nan_to_num(nan=torch.inf)  # which a maximum would lose
     dist.all_reduce(change, op=dist.ReduceOp.MAX)  # so that all processes go on, or none
-    difference = float(change)
-    tolerance = _LOGIT_TOLERANCE[expected.dtype]
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"growth changed the logits of a fixed batch by {difference:.1e} of their scale, more than {tolerance:.0e}"
-        )
+    difference, tolerance = float(change), _LOGIT_TOLERANCE[expected.dtype]
+    changed = f"growth changed the logits of a fixed batch by {difference:.1e} of their scale, more than"
+    if not difference <= tolerance.limit:
+        raise RuntimeError(f"{changed} {tolerance.limit:.0e}")
+    if difference > tolerance.expected and is_first_process():
+        print(f"warning: {changed} the {tolerance.expected:.0e} that rounding usually does", file=sys.stderr)
+    return difference

@@ -1,6 +1,7 @@
 """What is known about devices: how fast one could be and what connects it to others, by name, and how much memory this
 process takes."""
 
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -44,6 +45,18 @@ DEVICES = {
     "cpu": DeviceFacts(64 * 2**30, 1e12, 1e12, 20e9, 10e9, 1.25e9, 20e9),
 }
 """Of the CPU, of which nothing is known, a round figure for one process of a few cores and 10 Gbit/s."""
+
+
+def synchronize() -> None:
+    """Waits until the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def processes_of_machine(processes: int) -> int:
+    """How many of a run's `processes` share this machine, by what the launcher says; all of them where it says
+    nothing."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or processes)
 
 
 def memory_scalars() -> dict[str, float]:

@@ -83,20 +83,23 @@ def tear_down(engine: DeepSpeedEngine) -> None:
     engine.module = None  # says that it is gone
     if stage == 3:
         forget_engine(module)
-        gc.collect()
+    gc.collect()  # masters and moments are gone before parameters are copied
+    if stage == 3:
         return
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 setattr(owner, name, _fresh_parameter(parameter))
-    gc.collect()
 
 
 def _fresh_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """A copy with the marks of megatron-core. The old one is left without the methods that DeepSpeed bound to it: they
+    held it, and its flat buffer, up to the next collection."""
     fresh = nn.Parameter(parameter.detach().clone())
     for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
         if hasattr(parameter, mark):
             setattr(fresh, mark, getattr(parameter, mark))
+    vars(parameter).clear()
     return fresh
 
 

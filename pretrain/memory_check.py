@@ -1,11 +1,10 @@
 """Refuses a run whose weights, gradients and optimizer alone are more than there is, before anything is built."""
 
-import os
-
 import psutil
 import torch
 
 from pretrain.config import RunConfig
+from pretrain.devices import processes_of_machine
 from pretrain.errors import ConfigError
 from pretrain.memory_plan import plan_memory
 from pretrain.plan import setup_of
@@ -14,7 +13,7 @@ from pretrain.plan import setup_of
 def check_memory(config: RunConfig, processes: int) -> None:
     """ConfigError with the numbers. What is checked is certain and not all: `tools/plan_run.py` plans the rest."""
     plan = plan_memory(config.model, config.initial_ranks(), setup_of(config, processes))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or processes)
+    neighbours = processes_of_machine(processes)
     host = psutil.virtual_memory().total / neighbours
     copy = plan.optimizer if config.checkpoint.background else 0
     states = plan.weights + plan.gradients + plan.optimizer

@@ -177,8 +177,16 @@ class Monitor:
         self._record("decision", step, {"seconds": seconds, "flops": flops})
         self._scalars(step, {"time/decision_seconds": seconds})
 
-    def augmentation(self, step: int, before: Mapping[str, int], after: Mapping[str, int], seconds: float) -> None:
-        """Ranks that changed after `step` steps: the old and the new ones, of the layers that changed."""
+    def augmentation(
+        self,
+        step: int,
+        before: Mapping[str, int],
+        after: Mapping[str, int],
+        seconds: float,
+        logit_change: float | None = None,
+    ) -> None:
+        """Ranks that changed after `step` steps: the old and the new ones, of the layers that changed, and how far
+        logits moved where they should not."""
         if not self._active:
             return
         self._ranks |= after
@@ -186,9 +194,11 @@ class Monitor:
         self._spending.set_ranks(self._ranks)
         self.rank_history.append((step, dict(self._ranks)))
         facts = {"layers": len(after), "mean_rank": self._mean_rank(), "seconds": seconds}
-        self._record("augmentation", step, {**facts, "before": dict(before), "after": dict(after)})
+        moved = {} if logit_change is None else {"logit_change": logit_change}
+        self._record("augmentation", step, {**facts, **moved, "before": dict(before), "after": dict(after)})
         self._console.event("augmentation", step, facts)
-        self._scalars(step, {"time/augmentation_seconds": seconds})
+        scalars = {f"augmentation/{name}": value for name, value in moved.items()}
+        self._scalars(step, {"time/augmentation_seconds": seconds, **scalars})
         self._show_ranks(step)
 
     def spectra(self, step: int, singular_values: Mapping[str, ArrayLike]) -> None:

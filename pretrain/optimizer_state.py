@@ -20,6 +20,7 @@ checkpoint keeps of them.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -81,13 +82,16 @@ def optimizer_state(engine: DeepSpeedEngine) -> OptimizerState:
 
 
 class _AdamState:
-    """What both adapters share: a list of slices over fp32 tensors that torch's AdamW steps."""
+    """What the adapters share: slices, by parameter, over fp32 tensors that torch's AdamW steps."""
 
     def __init__(self, adam: torch.optim.AdamW, masters: list[Tensor]) -> None:
         self.adam, self.masters = adam, masters
         for master in masters:
             self._prime(master)
-        self.slices: list[_Slice] = []
+        self._slices: dict[str, list[_Slice]] = {}
+
+    def _own(self, piece: _Slice) -> None:
+        self._slices.setdefault(piece.name, []).append(piece)
 
     def _prime(self, master: Tensor) -> None:
         """AdamW makes its state at the first step; a restored one needs it before. Same values, same types."""
@@ -104,17 +108,16 @@ class _AdamState:
         return {"master": master.detach().view(-1), **moments}
 
     def fragments(self) -> Iterator[Fragment]:
-        for piece in self.slices:
+        for piece in chain.from_iterable(self._slices.values()):
             for key in KEYS:
                 values = piece.states[key].narrow(0, piece.offset, piece.length)
                 yield Fragment(piece.name, key, piece.start, values)
 
     def load(self, name: str, shard: Mapping[str, Tensor]) -> None:
-        for piece in self.slices:
-            if piece.name == name:
-                for key, values in shard.items():
-                    part = values.reshape(-1).narrow(0, piece.start, piece.length)
-                    piece.states[key].narrow(0, piece.offset, piece.length).copy_(part)
+        for piece in self._slices.get(name, ()):  # none where all of it lies with other processes
+            for key, values in shard.items():
+                part = values.reshape(-1).narrow(0, piece.start, piece.length)
+                piece.states[key].narrow(0, piece.offset, piece.length).copy_(part)
 
     def counters(self) -> dict[str, Any]:
         return {"adam_step": float(self.adam.state[self.masters[0]]["step"])}
@@ -130,7 +133,8 @@ class _PlainState(_AdamState):
     def __init__(self, engine: DeepSpeedEngine) -> None:
         named = engine.module.trained_parameters()
         super().__init__(engine.optimizer, list(named.values()))
-        self.slices = [_Slice(name, 0, p.numel(), 0, self._states(p)) for name, p in named.items()]
+        for name, p in named.items():
+            self._own(_Slice(name, 0, p.numel(), 0, self._states(p)))
 
     def fragments(self) -> Iterator[Fragment]:
         if data_index() == 0:
@@ -171,7 +175,7 @@ class _ZeroState(_ScaledState):
                 if mapping is None:  # all of it lies with other processes
                     continue
                 inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                self.slices.append(_Slice(names[id(parameter)], inside.start, inside.numel, flat.start, states))
+                self._own(_Slice(names[id(parameter)], inside.start, inside.numel, flat.start, states))
 
     def finish_loading(self) -> None:
         self.zero.update_lp_params()
@@ -189,7 +193,7 @@ class _PartitionedState(_ScaledState):
             for parameter in group:
                 start, values = held(parameter)
                 if len(values):
-                    self.slices.append(_Slice(names[id(parameter)], start, len(values), offset, states))
+                    self._own(_Slice(names[id(parameter)], start, len(values), offset, states))
                 offset += parameter.partition_numel()
 
     def finish_loading(self) -> None:
@@ -212,12 +216,14 @@ def frozen_fragments(model: EspalierModel) -> Iterator[Fragment]:
 
 
 def gather(fragments: Iterable[Fragment], shape: torch.Size, device: torch.device) -> Tensor:
-    """The whole shard of one parameter and key on every data-parallel process; a collective over them."""
-    if data_size() == 1:
-        (fragment,) = fragments
-        return fragment.values.to(device).view(shape)
+    """The whole shard of one parameter and key on every data-parallel process; a collective over them. The host does
+    not wait for copies to the device."""
+    pieces = list(fragments)
+    if data_size() == 1 and len(pieces) == 1:
+        return pieces[0].values.to(device, non_blocking=True).view(shape)
     whole = torch.zeros(shape.numel(), device=device)
-    for fragment in fragments:
-        whole.narrow(0, fragment.start, fragment.values.numel()).copy_(fragment.values)
-    dist.all_reduce(whole, group=data_group())
+    for piece in pieces:
+        whole.narrow(0, piece.start, piece.values.numel()).copy_(piece.values, non_blocking=True)
+    if data_size() > 1:
+        dist.all_reduce(whole, group=data_group())
     return whole.view(shape)

@@ -120,7 +120,7 @@ class GradientProbe:
 
     def _random_rows(self, name: str, layer: LayerWithFactors, step: int) -> Tensor:
         generator = generator_for(self._seed, name, "probe", step)
-        rows = orthonormal_columns(layer.input_size, self._count, generator).t()
+        rows = orthonormal_columns(layer.input_size, self._count, generator, layer.A.device).t()
         layout = TensorLayout(tuple(rows.shape), dim=1 if is_sharded(layer.A) else None)
         return layout.shard(rows, tensor_index(), tensor_size())
 

@@ -33,7 +33,7 @@ from model.config import projections
 from model.factor_algebra import is_sharded
 from model.gpt import EspalierModel, tensor_layouts
 from model.process_groups import data_group, data_size
-from model.spectrum import gram_singular_values, matrix_singular_values, singular_values, update_grams
+from model.spectrum import gram_singular_values, matrix_singular_values, update_grams
 from pretrain.checkpoint_format import Fragment
 from pretrain.config import RunConfig
 from pretrain.document_starts import model_inputs
@@ -41,6 +41,7 @@ from pretrain.engine import evaluating
 from pretrain.initial_values import InitialValues
 from pretrain.optimizer_state import gather, optimizer_state
 from pretrain.partitioned import shape_of
+from pretrain.spectra import Solver
 from pretrain.spectrum_report import Measurement
 
 
@@ -102,16 +103,17 @@ class Tracker:
             now.tensor_model_parallel = is_sharded(parameter)  # type: ignore[attr-defined]  # `update_grams` asks
             return now, self._start.shard(name, layouts[name]).to(parameter.dtype).to(now)
 
-        spectra = {}
+        dense, solver = {}, Solver(engine.module)
         for projection in self._projections:
             name = projection.name
             if projection.factored:
                 (A, A0), (B, B0) = now_and_then(f"{name}.A"), now_and_then(f"{name}.B")
-                spectra[name] = singular_values(update_grams(A, B, A0, B0))
+                solver.add(name, update_grams(A, B, A0, B0))
             else:
                 now, then = now_and_then(f"{name}.weight")
-                spectra[name] = matrix_singular_values(now - then, layouts[f"{name}.weight"])
-        return spectra
+                dense[name] = matrix_singular_values(now - then, layouts[f"{name}.weight"])
+        found = dense | solver.solve()
+        return {projection.name: found[projection.name] for projection in self._projections}
 
     def _representation_spectra(self, engine: DeepSpeedEngine, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spectra: dict[str, Tensor] = {}
@@ -150,4 +152,7 @@ def _master_fragments(engine: DeepSpeedEngine) -> dict[str, list[Fragment]]:
 
 def _finite(spectra: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """A step that fp16 skips has no finite gradient; all processes see the same reduced numbers."""
-    return {name: values.cpu().numpy() for name, values in spectra.items() if values.isfinite().all()}
+    if not spectra:
+        return {}
+    everything = torch.cat(list(spectra.values())).cpu().split([len(values) for values in spectra.values()])
+    return {name: values.numpy() for name, values in zip(spectra, everything, strict=True) if values.isfinite().all()}

@@ -52,7 +52,7 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
         if decision is not None and decision.growth is not None:
             growth = decision.growth
             guard.forget()
-            monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds)
+            monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds, growth.logit_change)
 
         metrics = run.train_step(guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)

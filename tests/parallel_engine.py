@@ -16,13 +16,13 @@ from torch import Tensor
 from model.config import ModelConfig, Recompute, factored_projections
 from model.gpt import EspalierModel, build_model
 from model.process_groups import data_group, data_index, data_size, initialize_process_groups
-from model.spectrum import row_norm
 from pretrain.augmentation import GrowthPlan, augment
 from pretrain.checkpoint_format import KEYS
 from pretrain.engine import build_engine, gradient_norm, set_learning_rate
 from pretrain.optimizer_state import optimizer_state
 from pretrain.partitioned import gathered, held
 from pretrain.schedule import OptimizerConfig
+from pretrain.spectra import row_norms
 from pretrain.stash import Stash
 from tests.parallel_model import gather_logical, positions_of
 
@@ -117,13 +117,9 @@ class SmallRun:
 
     def grow(self, ranks: Mapping[str, int], directions: Mapping[str, Tensor] | None = None) -> None:
         """`directions`: as `augment` takes them."""
-        layers = self.engine.module.factored_layers()
-        growing = {}
-        for name, rank in ranks.items():
-            if rank >= layers[name].rank:
-                with gathered([layers[name].A]):
-                    growing[name] = row_norm(layers[name].A)
-        plan = GrowthPlan(self.step, dict(ranks), growing)
+        model = self.engine.module
+        growing = [name for name, rank in ranks.items() if rank >= model.ranks()[name]]
+        plan = GrowthPlan(self.step, dict(ranks), row_norms(model, growing))
         self.engine, _ = augment(
             self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0, directions=directions
         )

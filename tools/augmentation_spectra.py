@@ -53,7 +53,7 @@ def _gaussian(rows: int, columns: int) -> Tensor:
 
 
 def _by_grams(A: Tensor, B: Tensor) -> Tensor:
-    return singular_values(grams(A, B))
+    return singular_values([grams(A, B)])[0]
 
 
 def _of_product(A: Tensor, B: Tensor) -> Tensor:

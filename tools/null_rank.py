@@ -27,14 +27,13 @@ from model.config import Family, ModelConfig, factored_projections
 from model.gpt import EspalierModel, build_model
 from model.initialization import generator_for, new_directions
 from model.process_groups import single_process
-from model.spectrum import row_norm
 from pretrain.augmentation import RankMeasurement, layer_measurements
 from pretrain.errors import ConfigError, run_command
 from pretrain.policies import RankConfig, RankEvent, affordable_parameters, build_policy, decide_ranks
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.probe import GradientProbe
-from pretrain.spectra import measure_spectra, measure_updates
+from pretrain.spectra import measure_spectra, measure_updates, row_norms
 from tools.documents import find_files, read_documents
 
 PUBLISHED = {768: ("GPT-2 small", 254), 1024: ("GPT-2 medium", 287)}
@@ -165,7 +164,8 @@ def _loss(model: EspalierModel, text: Tensor, step: int, seed: int, shuffled: bo
 def _grow(model: EspalierModel, name: str, new_rank: int, step: int, seed: int) -> None:
     layer = model.factored_layers()[name]
     added = new_rank - layer.rank
-    rows = new_directions(name, step, added, layer.A.shape[1], row_norm(layer.A), seed)
+    norm = row_norms(model, [name])[name]
+    rows = new_directions(name, step, added, layer.A.shape[1], norm, seed)
     layer.set_factors(torch.cat([layer.A, rows]), torch.cat([layer.B, layer.B.new_zeros(len(layer.B), added)], dim=1))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import factored_projections
-from model.initialization import gaussian_singular_values, initial_factor, new_directions
+from model.initialization import cholesky_orthonormal, gaussian_singular_values, initial_factor, new_directions
 from tests.distributed import run
 from tests.parallel_model import initial_tensors, small_config
 
@@ -49,3 +49,11 @@ def test_names_and_steps_give_different_draws() -> None:
         new_directions("a", 10, 4, 32, 1.0, seed=2),
     ):
         assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize(("size", "count"), [(64, 5), (300, 128), (48, 48)])
+def test_a_gpu_draws_the_same_columns_but_for_their_signs(size: int, count: int) -> None:
+    drawn = torch.randn(size, count, generator=torch.Generator().manual_seed(size))
+    host, found = torch.linalg.qr(drawn).Q, cholesky_orthonormal(drawn)
+    assert torch.allclose(found.t() @ found, torch.eye(count), atol=1e-5)
+    assert torch.allclose(found * (host * found).sum(dim=0).sign(), host, atol=2e-4)

@@ -1,13 +1,17 @@
 """Singular values from sharded Grams against `svdvals` of the full product."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.process_groups import initialize_process_groups, tensor_index
 from model.sharded_norm import mark_sharded
 from model.sharding import TensorLayout
-from model.spectrum import grams, row_norm, singular_values
+from model.spectrum import Grams, grams, singular_values
 from tests.distributed import run
 
 
@@ -23,14 +27,14 @@ def _factors(case: str) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _from_shards(case: str, processes: int) -> tuple[Tensor, float]:
+def _from_shards(case: str, processes: int) -> Tensor:
     initialize_process_groups(processes)
     A, B = _factors(case)
     shard_A = nn.Parameter(TensorLayout(tuple(A.shape), 1).shard(A, tensor_index(), processes).contiguous())
     shard_B = nn.Parameter(TensorLayout(tuple(B.shape), 0, 2).shard(B, tensor_index(), processes))
     mark_sharded(shard_A, dim=1)
     mark_sharded(shard_B, dim=0, stride=2)
-    return singular_values(grams(shard_A, shard_B)), row_norm(shard_A)
+    return singular_values([grams(shard_A, shard_B)])[0]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -38,8 +42,52 @@ def _from_shards(case: str, processes: int) -> tuple[Tensor, float]:
 def test_singular_values_equal_svdvals(case: str, processes: int) -> None:
     A, B = _factors(case)
     expected = torch.linalg.svdvals(B.double() @ A.double())[:24]
-    for found, norm in run(_from_shards, processes, case, processes):
+    for found in run(_from_shards, processes, case, processes):
         large = expected > 1e-4 * expected[0]
         assert ((found - expected).abs()[large] <= 1e-6 * expected[large]).all()
         assert (found[~large] <= 2e-4 * expected[0]).all()
-        assert norm == pytest.approx(float(A.norm(dim=1).square().mean().sqrt()), rel=1e-6)
+
+
+def _batch() -> list[Grams]:
+    """Of three ranks in turn, with rows of A that are dependent in some, where Cholesky's factor does not exist."""
+    generator, products = torch.Generator().manual_seed(4), []
+    for place in range(9):
+        rank = 5 + place % 3
+        A, B = torch.randn(rank, 16, generator=generator), torch.randn(12, rank, generator=generator)
+        if place in (1, 4):
+            A[-1] = A[0]
+            A[-2] = 0.0
+        products.append(Grams((A @ A.t()).double(), (B.t() @ B).double()))
+    return products
+
+
+def test_a_batch_has_the_values_of_each_alone() -> None:
+    products = _batch()
+    for product, found in zip(products, singular_values(products), strict=True):
+        assert torch.allclose(found, singular_values([product])[0], rtol=1e-9, atol=1e-7)
+        squares = torch.linalg.eigvals(product.of_A @ product.of_B).real.clamp_min(0.0).sort(descending=True).values
+        assert torch.allclose(found, squares.sqrt(), rtol=1e-5, atol=1e-2)
+
+
+def test_no_products_have_no_values() -> None:
+    assert singular_values([]) == []
+
+
+class _Counted(TorchDispatchMode):
+    """What a GPU makes the host wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.calls[function._schema.name.removeprefix("aten::")] += 1
+        return function(*arguments, **(named or {}))
+
+
+def test_a_batch_is_solved_by_rank() -> None:
+    regular = [product for place, product in enumerate(_batch()) if place not in (1, 4)]
+    with _Counted() as counted:
+        singular_values(regular)
+    assert counted.calls["_linalg_eigh"] == counted.calls["linalg_cholesky_ex"] == 3
+    assert counted.calls["_local_scalar_dense"] == 0

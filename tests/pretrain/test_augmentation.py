@@ -1,21 +1,28 @@
 """The augmentation event on real engines: nothing is lost, nothing is left over."""
 
+import contextlib
+import gc
+import io
+import math
 import os
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from model.arithmetic import total_parameters, trained_parameters
 from model.config import ModelConfig
-from model.gpt import tensor_layouts
+from model.gpt import EspalierModel, tensor_layouts
 from model.process_groups import initialize_process_groups, tensor_index, tensor_size
 from model.sharding import TensorLayout
-from pretrain.augmentation import GrowthPlan, _agree_on, _check_logits
+from pretrain.augmentation import GrowthPlan, _agree_on, _check_logits, augment
 from pretrain.errors import NumericalError
 from pretrain.optimizer_state import optimizer_state
+from pretrain.spectra import row_norms
 from tests.distributed import run
 from tests.parallel_engine import Case, SmallRun, live_engines, uniform_ranks
 from tests.parallel_model import small_config
@@ -254,20 +261,73 @@ def test_truncation_keeps_the_best_of_the_product_and_turns_the_moments(
     assert all(loss == loss for loss, _ in curve)
 
 
-def _compare(change: float) -> str:
+def _compare(dtype: torch.dtype, changes: list[float]) -> list[tuple[float, str, str]]:
+    """Of each change on the second process alone: what was found, what was printed, and the error."""
     initialize_process_groups(1)
-    logits = torch.linspace(-1, 1, 50)
+    found = []
+    for change in changes:
+        expected = torch.linspace(-1, 1, 50).to(dtype)
+        shown, moved, message = io.StringIO(), math.nan, ""
+        with contextlib.redirect_stderr(shown):
+            try:
+                moved = _check_logits(expected, expected.float() + (change if dist.get_rank() == 1 else 0.0))
+            except RuntimeError as error:
+                message = str(error)
+        found.append((moved, shown.getvalue(), message))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "small", "warned"),
+    [(torch.float32, 1e-6, None), (torch.bfloat16, 0.02, 0.1), (torch.float16, 0.004, 0.03)],
+)
+def test_a_growth_that_changes_the_function_is_noticed_by_all(
+    dtype: torch.dtype, small: float, warned: float | None
+) -> None:
+    changes = [small, 0.3, math.nan] + ([] if warned is None else [warned])
+    first, second = run(_compare, 2, dtype, changes)
+    assert first[0] == second[0] == (pytest.approx(small, rel=0.1), "", "")
+    for lost in (1, 2):
+        assert "growth changed the logits" in first[lost][2]
+        assert first[lost][1:] == second[lost][1:] == ("", first[lost][2])
+    if warned is not None:
+        assert first[3][::2] == second[3][::2] == (pytest.approx(warned, rel=0.1), "")
+        assert first[3][1].startswith("warning: growth changed the logits of a fixed batch by")
+        assert first[3][1].count("\n") == 1
+        assert second[3][1] == ""  # the first process says it for all
+
+
+def _freed_before_rebuilding(config: ModelConfig, case: Case) -> tuple[list[str], float | None]:
+    """What of the old engine's state, and of parameters that do not stay partitioned, is alive when a new engine is
+    built."""
+    small = SmallRun(config, uniform_ranks(config, 4), case)
+    small.train(1)
+    parameters = dict(small.engine.module.named_parameters()) if case.stage < 3 else {}
+    held = {f"{one.key} of {one.name}": one.values for one in optimizer_state(small.engine).fragments()} | parameters
+    old = {name: StorageWeakRef(values.untyped_storage()) for name, values in held.items()}
+    del parameters, held
+    alive: list[str] = []
+    build = small.new_engine
+
+    def watched(model: EspalierModel) -> DeepSpeedEngine:
+        alive.extend(name for name, storage in old.items() if not storage.expired())
+        return build(model)
+
+    gc.disable()  # nothing is left to the collector but what an event asks of it
     try:
-        _check_logits(logits, logits + (change if dist.get_rank() == 1 else 0.0))
-    except RuntimeError as error:
-        return str(error)
-    return ""
+        plan = GrowthPlan(1, uniform_ranks(config, 8), row_norms(small.engine.module, list(uniform_ranks(config, 4))))
+        small.engine, record = augment(small.engine, plan, rebuild=watched, seed=1, consumed_samples=0)
+    finally:
+        gc.enable()
+    return alive, record.logit_change
 
 
-def test_a_growth_that_changes_the_function_is_noticed_by_all() -> None:
-    assert run(_compare, 2, 1e-7) == ["", ""]
-    for change in (0.01, float("nan")):
-        assert all("growth changed the logits" in message for message in run(_compare, 2, change))
+@pytest.mark.parametrize("case", [Case(0), Case(1, "bf16"), Case(2), Case(3)], ids=str)
+def test_the_old_engine_is_gone_before_a_new_one_is_built(case: Case) -> None:
+    alive, logit_change = run(_freed_before_rebuilding, 1, small_config("llama", **FACTORED), case)[0]
+    assert alive == []
+    assert logit_change is not None
+    assert logit_change <= 3e-2
 
 
 def _disagree() -> str:

@@ -69,7 +69,7 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
             monitor.validation(step, {"": Validation(2.5, bits_per_byte=1.25)})
             monitor.spectra(step, {name: np.array([2.0, 1.0, 1.0]) for name in RANKS})
             monitor.event("checkpoint", step, folder="checkpoints/step_000000010")
-            monitor.augmentation(step, {FIRST: 8}, {FIRST: 16}, seconds=0.25)
+            monitor.augmentation(step, {FIRST: 8}, {FIRST: 16}, seconds=0.25, logit_change=0.0125)
     monitor.close()
 
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -120,6 +120,8 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
 
     kinds = [(event["event"], event["step"]) for event in read_lines(tmp_path / "events.jsonl")]
     assert kinds == [("validation", 10), ("checkpoint", 10), ("augmentation", 10)]
+    assert read_lines(tmp_path / "events.jsonl")[-1]["logit_change"] == 0.0125
+    assert events.Scalars("augmentation/logit_change")[0].value == pytest.approx(0.0125)
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("step ") for line in shown) == 5
     assert "step 20/20  loss 2.0000  ppl 7.39  tokens/s 256  rank 9.0  left 0:00:00" in shown

@@ -1,5 +1,7 @@
 """Spectra of all layers, each computed on one process, against plain singular values of whole products."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from model.initialization import generator_for
 from model.process_groups import initialize_process_groups, tensor_index, tensor_size
 from model.spectrum import Grams, singular_values
 from pretrain import spectra
-from pretrain.spectra import measure_spectra, measure_updates
+from pretrain.spectra import Solver, measure_spectra, measure_updates, row_norms
 from tests.distributed import run
+from tests.parallel_engine import Case, SmallRun, uniform_ranks
 from tests.parallel_model import gather_logical, small_config
 
 Spectra = dict[str, Tensor]
@@ -36,10 +39,10 @@ def _measured(tensor: int, parametrization: str) -> tuple[Spectra, Spectra, Spec
                 getattr(layer, side).copy_(layouts[key].shard(full, tensor_index(), tensor_size()))
     solved = 0
 
-    def counted(product: Grams) -> Tensor:
+    def counted(products: Sequence[Grams]) -> list[Tensor]:
         nonlocal solved
-        solved += 1
-        return singular_values(product)
+        solved += len(products)
+        return singular_values(products)
 
     spectra.singular_values = counted
     try:
@@ -85,3 +88,52 @@ def test_every_process_knows_all_values_and_computes_its_share(
         assert all(torch.equal(other_updates[name], values) for name, values in updates.items())
         assert solved in {2 * (6 // processes), 2 * -(-6 // processes)}
     assert sum(result[-1] for result in everyone) == 2 * 6
+
+
+def _norms(tensor: int, stage: int, parametrization: str) -> tuple[dict[str, float], dict[str, float]]:
+    """As measured, and from whole factors."""
+    config = small_config("llama", parametrization)
+    small = SmallRun(config, uniform_ranks(config, 4), Case(stage=stage, tensor=tensor))
+    names = list(small.engine.module.ranks())[1:]
+    found = row_norms(small.engine.module, names)
+    masters = small.logical_state()["master"]
+    return found, {name: float(masters[f"{name}.A"].norm(dim=1).square().mean().sqrt()) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("processes", "tensor", "stage", "parametrization"),
+    [(1, 1, 0, "factored"), (2, 1, 1, "factored"), (4, 2, 3, "factored"), (2, 2, 1, "additive")],
+)
+def test_row_norms_are_those_of_whole_factors(processes: int, tensor: int, stage: int, parametrization: str) -> None:
+    everyone = run(_norms, processes, tensor, stage, parametrization)
+    for found, expected in everyone:
+        assert found == everyone[0][0]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def _batches() -> list[int]:
+    initialize_process_groups(1)
+    config = small_config("llama", "factored", "mlp", layers=3)
+    model = build_model(config, {projection.name: 4 for projection in factored_projections(config)}, seed=1)
+    sizes: list[int] = []
+
+    def counted(products: Sequence[Grams]) -> list[Tensor]:
+        sizes.append(len(products))
+        return singular_values(products)
+
+    spectra.singular_values = counted
+    largest = max(parameter.numel() for parameter in model.parameters())
+    rank = int((12 * largest / (3 * 8 * 8)) ** 0.5) + 1  # three of its problems fill a batch
+    try:
+        solver = Solver(model)
+        for number in range(7):
+            solver.add(str(number), Grams(*(torch.eye(rank, dtype=torch.float64) for _ in "AB")))
+        assert list(solver.solve()) == [str(number) for number in range(7)]
+        measure_spectra(model)
+    finally:
+        spectra.singular_values = singular_values
+    return sizes
+
+
+def test_a_batch_holds_what_memory_allows() -> None:
+    assert run(_batches, 1)[0] == [3, 3, 1, 6]
