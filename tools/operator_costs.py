@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -234,23 +235,23 @@ def counted_operators(vocabulary: int) -> Iterator[OperatorCounter]:
 @contextmanager
 def _kept_in_backward(mode: _GpuAnswers) -> Iterator[None]:
     """`Tensor.backward` is itself a function that the mode handles, and inside such a one the mode is off."""
-    run: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    run: Callable[..., Any] = torch.autograd._engine_run_backward
 
     def run_in_mode(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return run(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = run_in_mode  # type: ignore[attr-defined]
+    torch.autograd._engine_run_backward = run_in_mode
     try:
         yield
     finally:
-        torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = run
 
 
 @contextmanager
 def _counted_triton(counter: OperatorCounter) -> Iterator[None]:
     try:
-        from triton.runtime import jit
+        jit = import_module("triton.runtime.jit")
     except ImportError:  # then no code uses it
         yield
         return

@@ -75,9 +75,7 @@ def main() -> None:
         "versions": installed_versions(),
         "commit": git_revision(),
     }
-    counted = {
-        kind: tuple(count_step(_config(kind, arguments, layers)) for layers in (1, 2)) for kind in arguments.kinds
-    }
+    counted = {kind: _one_and_two_layers(kind, arguments) for kind in arguments.kinds}
     facts["rows"] = [row_of(kind, *steps, arguments.layers, arguments.card) for kind, steps in counted.items()]
     facts["ratios"] = _ratios(facts["rows"])
     print("\n".join(_lines(facts)))
@@ -88,13 +86,17 @@ def main() -> None:
         replace_text(arguments.json, json_text(facts, indent=2) + "\n")
 
 
+def _one_and_two_layers(kind: str, arguments: argparse.Namespace) -> tuple[CountedStep, CountedStep]:
+    return count_step(_config(kind, arguments, 1)), count_step(_config(kind, arguments, 2))
+
+
 def count_step(config: RunConfig) -> CountedStep:
     """The second training step of a config on one process."""
     with counted_operators(config.model.padded_vocabulary) as counter:
         recompute: Recompute = config.train.recompute
         model = build_model(config.model, config.initial_ranks(), seed=config.run.seed, recompute=recompute)
         # DeepSpeed moves the module to its device, and torch cannot move fake parameters that have weak references.
-        model.to = lambda *_, **__: model  # type: ignore[assignment,method-assign]
+        model.__dict__["to"] = lambda *_, **__: model
         engine = build_engine(model, config.optimizer, deepspeed_dict(config, config.layout(1)))
         shape = (config.train.micro_batch, config.model.sequence_length)
         tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
