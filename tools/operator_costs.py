@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -197,6 +199,11 @@ class _GpuAnswers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_HOPPER: dict[str, Any] = {
+    "get_device_capability": lambda *_: (9, 0),
+    "get_device_properties": lambda *_: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
+}
+"""What `torch.cuda` is asked for by code that chooses kernels."""
 _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
@@ -222,6 +229,7 @@ def counted_operators(vocabulary: int) -> Iterator[OperatorCounter]:
         initialize_process_groups(1)
         with ExitStack() as stack:
             stack.enter_context(_counted_triton(counter))
+            stack.enter_context(mock.patch.multiple(torch.cuda, **_HOPPER))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(counter)
             answers = stack.enter_context(_GpuAnswers())
