@@ -116,7 +116,7 @@ part() { # name, limit in seconds, command ...
     local name="$1" limit="$2" at=$SECONDS status=0
     shift 2
     [ -z "$only" ] || [[ "$only" == *" $name "* ]] || return 0
-    [ "$dry" != 1 ] || limit=$((limit * 4)) # a CPU that others use
+    [ "$dry" != 1 ] || limit=$((limit * 10)) # a CPU, which others may use as well
     timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
     say "$name: exit $status after $((SECONDS - at)) s (limit $limit), $((SECONDS - began)) s in all"
     [ "$status" = 0 ] || { failed=1 && tail -n 3 "$out/$name.log"; }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.process_groups import single_process
 from tools.gpu_parity import Case, passes, relative, worst_gradient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,15 +129,13 @@ def test_worst_gradient_names_the_parameter() -> None:
 
 def test_passes_find_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table is no tautology: a layer that scales its gradient differs in the rows of gradients, not of losses."""
-    from model.process_groups import single_process
-
     config = Case("gpt2", "factored").config(dry=True)
     with single_process():
         loss, gradients, _ = passes(config, "documents")
         real = torch.nn.functional.gelu
 
         def wrong(values: torch.Tensor, **settings: str) -> torch.Tensor:
-            output = real(values, **settings)  # type: ignore[arg-type]
+            output = real(values, **settings)
             return output + 0.01 * (values - values.detach())
 
         monkeypatch.setattr(torch.nn.functional, "gelu", wrong)
