@@ -4,12 +4,16 @@
     python tools/benchmark_step.py --layers 24 --repeats 5                    (all of GPT-2 medium)
     python tools/benchmark_step.py --layers 2 --hidden 64 --heads 4 --sequence 64 --vocabulary 500 --repeats 2
     python tools/benchmark_step.py --ranks 240 248 256 264 272                (which ranks do the matrix products like?)
+    python tools/benchmark_step.py --contestants dense factored --blocks --settings train.recompute=layers
     python tools/benchmark_step.py --largest --hidden 4096 --heads 32         (on a GPU alone)
 
 Contestants (`tools/step_contestants.py`) share one process and take their steps in turn, so that whatever else the
 machine does meets all of them. Without a GPU: fp32, 4 layers, sequence 512, batch 4; with one: bf16, 24 layers,
 sequence 1024, batch 16. Beside the whole steps stand the matrix products of one layer alone, the limit of what
 factors can gain. Attention counts whole squares, as everywhere in Espalier; "causal" below the table counts half.
+
+With --blocks, what is left without embedding, output layer and loss, which all contestants share: for L layers
+L / (L - L/2) times the difference to a model of half the layers, sample by sample.
 """
 
 import argparse
@@ -27,7 +31,7 @@ from pretrain.run_folder import json_text, replace_text
 from tools.arguments import output_file, positive
 from tools.step_contestants import DENSE, FACTORED, NAMES, Contestant, build_contestant, contestant_config
 from tools.step_gemms import rank_rows, time_gemms
-from tools.step_largest import DoesNotFitError, largest_models, largest_table
+from tools.step_largest import CONTESTANTS, DoesNotFitError, largest_models, largest_table
 from tools.step_profile import PeakMemory, profile_step, write_picture
 from tools.step_report import (
     against_dense,
@@ -50,7 +54,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     facts: dict[str, Any] = {"benchmark": "step", "settings": _settings(arguments), **machine()}
     if arguments.largest:
-        facts["rows"] = largest_models(_trial_flags(arguments))
+        names = [name for name in arguments.contestants if name in CONTESTANTS]
+        facts["rows"] = largest_models(
+            _trial_flags(arguments), names or CONTESTANTS, arguments.largest_from, arguments.largest_step
+        )
         lines = list(largest_table(facts["rows"]))
     else:
         with joined_processes() as processes:
@@ -72,7 +79,7 @@ def _benchmark_steps(arguments: argparse.Namespace, facts: dict[str, Any]) -> li
     """Fills `facts` with rows and profiles; what there is to print."""
     try:
         contestants, peaks = _build(arguments)
-        rows = _time_steps(arguments, contestants)
+        rows, blocks = _time_steps(arguments, contestants)
     except RuntimeError as error:
         # cuBLAS has an error of its own for it.
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
@@ -86,39 +93,53 @@ def _benchmark_steps(arguments: argparse.Namespace, facts: dict[str, Any]) -> li
     if arguments.profile is not None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
         width = contestants[0].engine.module.model_config.padded_vocabulary
-        for contestant in contestants:
+        for contestant in contestants[: len(arguments.contestants)]:
             if contestant.name in (DENSE, FACTORED):
                 profiles[contestant.name] = profile_step(contestant, width, arguments.profile)
         write_picture(profiles, arguments.profile / "profile.png")
     ranks = [None, *([arguments.rank] if {*arguments.contestants} != {DENSE} else [])]
     gemms = time_gemms(*_gemm_settings(arguments), ranks=ranks)
-    for group in (rows, gemms):
+    for group in (rows, blocks, gemms):
+        if not group:
+            continue
         for row in group:
             row |= rates(row, arguments.precision)
             if group[0]["rank"] is None and row["rank"] is not None:
                 row |= against_dense(row, group[0])
-    facts["rows"] = [*rows, *gemms]
+    facts["rows"] = [*rows, *blocks, *gemms]
     facts["profiles"] = profiles
-    lines = [*step_table(facts["rows"]), "", *_causal_ratios(rows), *verdicts(rows, arguments.precision)]
+    lines = [
+        *step_table(facts["rows"]),
+        "",
+        *_causal_ratios(rows),
+        *verdicts([*rows, *blocks], arguments.precision, arguments.family),
+    ]
     return [*lines, "", *profile_table(profiles)] if profiles else lines
 
 
 def _build(arguments: argparse.Namespace) -> tuple[list[Contestant], list[int | None]]:
-    """Contestants after their first steps, and the most memory each takes in a step."""
-    contestants, peaks = [], []
-    for name in arguments.contestants:
-        with PeakMemory() as memory:
-            contestant = build_contestant(name, _config(name, arguments))
-            for step in range(1, arguments.warm_up + 1):
-                if step == arguments.warm_up:
-                    memory.last_step_begins()
-                contestant.step()
-        contestants.append(contestant)
-        peaks.append(memory.bytes)
-    return contestants, peaks
+    """Contestants after their first steps, and the most memory each takes in a step; with --blocks behind them the
+    same of half their layers, whose memory does not count."""
+    contestants: list[Contestant] = []
+    peaks = []
+    depths = [arguments.layers, *([arguments.layers // 2] if arguments.blocks else [])]
+    for layers in depths:
+        for name in arguments.contestants:
+            with PeakMemory() as memory:
+                contestant = build_contestant(name, _config(name, arguments, layers))
+                for step in range(1, arguments.warm_up + 1):
+                    if step == arguments.warm_up:
+                        memory.last_step_begins()
+                    contestant.step()
+            contestants.append(contestant)
+            peaks.append(memory.bytes)
+    return contestants, peaks[: len(arguments.contestants)]
 
 
-def _time_steps(arguments: argparse.Namespace, contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
+def _time_steps(
+    arguments: argparse.Namespace, contestants: Sequence[Contestant]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of whole steps, and with --blocks those of the blocks alone."""
     seconds: list[list[float]] = [[] for _ in contestants]
     for _ in range(arguments.repeats):
         for contestant, samples in zip(contestants, seconds, strict=True):
@@ -138,7 +159,15 @@ def _time_steps(arguments: argparse.Namespace, contestants: Sequence[Contestant]
             **spread(samples),
         }
         rows.append({**row, "tokens_per_second": contestant.tokens / row["median_seconds"]})
-    return rows
+    count = len(arguments.contestants)
+    scale = arguments.layers / (arguments.layers - arguments.layers // 2)
+    blocks = []
+    for whole, half, longer, shorter in zip(rows[:count], rows[count:], seconds[:count], seconds[count:], strict=False):
+        differences = [scale * (one - other) for one, other in zip(longer, shorter, strict=True)]
+        sizes = {key: round(scale * (whole[key] - half[key])) for key in ("parameters", "flops", "flops_causal")}
+        name = f"{whole['name']}, blocks alone"
+        blocks.append({"name": name, "rank": whole["rank"], **sizes, **spread(differences)})
+    return rows[:count], blocks
 
 
 def _causal_ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -149,10 +178,10 @@ def _causal_ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"FLOP ratio if attention counts half (causal): {', '.join(found)}"]
 
 
-def _config(name: str, arguments: argparse.Namespace) -> Any:
+def _config(name: str, arguments: argparse.Namespace, layers: int | None = None) -> Any:
     model = {
         "family": arguments.family,
-        "layers": arguments.layers,
+        "layers": layers or arguments.layers,
         "hidden": arguments.hidden,
         "heads": arguments.heads,
         "sequence_length": arguments.sequence,
@@ -163,6 +192,7 @@ def _config(name: str, arguments: argparse.Namespace) -> Any:
         model,
         arguments.rank,
         arguments.micro_batch,
+        arguments.settings,
         train={"precision": arguments.precision},
         deepspeed={"stage": arguments.stage},
     )
@@ -182,7 +212,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _trial_flags(arguments: argparse.Namespace) -> list[str]:
     kept = ("family", "hidden", "heads", "sequence", "vocabulary", "rank", "precision", "stage", "threads")
-    return [text for key in kept for text in (f"--{key}", str(getattr(arguments, key)))]
+    flags = [text for key in kept for text in (f"--{key}", str(getattr(arguments, key)))]
+    return [*flags, *(["--settings", *arguments.settings] if arguments.settings else [])]
 
 
 def _arguments() -> argparse.Namespace:
@@ -205,12 +236,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of this process")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write all rows as JSON")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write tables and a picture of where time goes")
+    parser.add_argument(
+        "--blocks", action="store_true", help="time half the layers, too: the difference is the blocks alone"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configs (train.recompute=layers)"
+    )
     parser.add_argument("--ranks", type=positive, nargs="+", help="only time the factor pairs of one layer at these")
     parser.add_argument("--largest", action="store_true", help="only look for the largest models that fit a GPU")
+    parser.add_argument("--largest-from", type=positive, default=1, help="layers to try first (1)")
+    parser.add_argument("--largest-step", type=positive, default=1, help="layers between what fits and does not (1)")
     arguments = parser.parse_args()
     arguments.rank = arguments.rank or max(1, arguments.hidden // 4)
     if arguments.profile is not None and not {DENSE, FACTORED} & {*arguments.contestants}:
         raise ConfigError("--profile looks at dense and factored, and --contestants names neither: add one of them")
+    if arguments.blocks and arguments.layers < 2:
+        raise ConfigError("--blocks compares with half the layers, and --layers is 1: set it to 2 or more")
     if DENSE in arguments.contestants:  # what all others are compared with comes first
         arguments.contestants = [DENSE, *(name for name in arguments.contestants if name != DENSE)]
     check_precision(arguments.precision)

@@ -22,6 +22,7 @@ from pretrain import augmentation, rank_control
 from pretrain.config import parse_config
 from pretrain.corpus import Corpus
 from pretrain.trainer import Trainer
+from tools.step_report import synchronize
 
 _PHASES = (
     (rank_control, "plan_growth", "decide", None),
@@ -46,6 +47,7 @@ class PhaseClock:
 
     def switch(self, phase: str | None) -> None:
         """Ends the present phase, if there is one, and begins another, if it is one."""
+        synchronize()  # what a phase started on a device is part of it
         if self.phase is not None:
             spent = time.perf_counter() - self._since
             self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + spent

@@ -27,6 +27,7 @@ from model.factored_linear import FactoredLinear
 from model.gpt import EspalierModel, build_model
 from model.process_groups import device
 from pretrain.config import RunConfig, parse_config
+from pretrain.config_file import merge, parse_override
 from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.engine import build_engine, gradient_norm
 
@@ -34,19 +35,23 @@ DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS = "dense", "factored", "sepa
 NAMES = (DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS)
 
 
-def contestant_config(name: str, model: dict[str, Any], rank: int, micro_batch: int, **sections: Any) -> RunConfig:
-    """The config of a contestant; ConfigError if the sizes do not fit one another."""
+def contestant_config(
+    name: str, model: dict[str, Any], rank: int, micro_batch: int, overrides: Sequence[str] = (), **sections: Any
+) -> RunConfig:
+    """The config of a contestant, with `section.key=value` laid over it; ConfigError if the sizes do not fit one
+    another."""
     parametrization = DENSE if name == DENSE else FACTORED
     train = {"micro_batch": micro_batch, "global_batch": micro_batch, **sections.pop("train", {})}
-    return parse_config(
-        {
-            "model": {**model, "parametrization": parametrization},
-            "rank": {"initial": rank, "quantum": 1},
-            "train": train,
-            "data": {"prefix": "none", "tokenizer": "none"},  # the text is random tokens
-            **sections,
-        }
-    )
+    settings: dict[str, Any] = {
+        "model": {**model, "parametrization": parametrization},
+        "rank": {"initial": rank, "quantum": 1},
+        "train": train,
+        "data": {"prefix": "none", "tokenizer": "none"},  # the text is random tokens
+        **sections,
+    }
+    for override in overrides:
+        settings = merge(settings, parse_override(override))
+    return parse_config(settings)
 
 
 def parts_of(config: ModelConfig, projection: Projection) -> list[int]:
@@ -102,7 +107,7 @@ class Contestant:
 def build_contestant(name: str, config: RunConfig) -> Contestant:
     """The model and its engine, on the present process groups."""
     ranks = config.initial_ranks()
-    model = build_model(config.model, ranks, seed=config.run.seed)
+    model = build_model(config.model, ranks, seed=config.run.seed, recompute=config.train.recompute)
     extra_flops = 0
     if name in (SEPARATE_RANK, SEPARATE_PARAMETERS):
         before = sum(parameter.numel() for parameter in model.parameters())

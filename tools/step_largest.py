@@ -25,16 +25,23 @@ class DoesNotFitError(EspalierError):
     exit_code = 5
 
 
-def largest(fits: Callable[[int], Found | None]) -> tuple[int, Found]:
-    """The largest number, and what `fits` says of it, for which that is not None; ConfigError if 1 is too large.
+def largest(fits: Callable[[int], Found | None], first: int = 1, step: int = 1) -> tuple[int, Found]:
+    """The largest number, to `step`, and what `fits` says of it, for which that is not None; ConfigError if 1 is too
+    large.
 
-    `fits` must hold up to some number and not beyond.
+    `fits` must hold up to some number and not beyond; it is asked for `first` first.
     """
-    found = fits(1)
-    if found is None:
-        raise ConfigError("one layer does not fit the device at batch 1: lower --hidden, --vocabulary or --sequence")
-    fitting, best, failing = 1, found, None
-    while failing is None or failing - fitting > 1:
+    failing: int | None = None
+    fitting, found = first, fits(first)
+    while found is None:
+        if fitting == 1:
+            raise ConfigError(
+                "one layer does not fit the device at batch 1: lower --hidden, --vocabulary or --sequence"
+            )
+        failing, fitting = fitting, fitting // 2
+        found = fits(fitting)
+    best = found
+    while failing is None or failing - fitting > step:
         middle = 2 * fitting if failing is None else (fitting + failing) // 2
         found = fits(middle)
         if found is None:
@@ -44,19 +51,22 @@ def largest(fits: Callable[[int], Found | None]) -> tuple[int, Found]:
     return fitting, best
 
 
-def largest_models(flags: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each contestant; `flags`: those of `tools/benchmark_step.py` that every trial gets."""
+def largest_models(
+    flags: Sequence[str], names: Sequence[str] = CONTESTANTS, first: int = 1, step: int = 1
+) -> list[dict[str, Any]]:
+    """A row for each contestant; `flags`: those of `tools/benchmark_step.py` that every trial gets. Layers are tried
+    from `first` on, and found to `step`."""
     if not torch.cuda.is_available():
         raise ConfigError(
             "--largest needs a GPU, and there is none here: it fills a device's memory until nothing more fits"
         )
     rows = []
-    for name in CONTESTANTS:
+    for name in names:
 
         def fits(layers: int, name: str = name) -> dict[str, Any] | None:
             return _trial([*flags, "--contestants", name, "--layers", str(layers)])
 
-        layers, row = largest(fits)
+        layers, row = largest(fits, first, step)
         kept = {key: row[key] for key in ("name", "rank", "parameters", "peak_bytes")}
         rows.append({**kept, "layers": layers, "device_bytes": torch.cuda.get_device_properties(0).total_memory})
     return rows

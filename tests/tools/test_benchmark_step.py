@@ -132,6 +132,37 @@ def test_matrix_products_of_a_layer() -> None:
 # The tool -------------------------------------------------------------------------------------------------------------
 
 
+def test_largest_begins_where_it_is_told_and_ends_within_a_step() -> None:
+    tried: list[int] = []
+
+    def fits(number: int) -> int | None:
+        tried.append(number)
+        return number if number <= 21 else None
+
+    assert largest(fits, first=48, step=4) == (21, 21)
+    assert tried == [48, 24, 12, 18, 21]
+    with pytest.raises(ConfigError, match="one layer does not fit"):
+        largest(lambda number: None, first=5)
+
+
+@pytest.mark.slow
+def test_blocks_alone_are_what_more_layers_take(tmp_path: Path) -> None:
+    sizes = ["--layers", 3, "--hidden", 32, "--heads", 2, "--sequence", 16, "--micro-batch", 1, "--vocabulary", 300]
+    fast = ["--contestants", "dense", "factored", "--warm-up", 1, "--repeats", 2, "--precision", "fp32", "--blocks"]
+    settings = ["--settings", "train.recompute=layers", "optimizer.epsilon=1e-6"]
+    done = run_tool(*sizes, *fast, *settings, "--json", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "step.json").read_text())
+    rows = {row["name"]: row for row in facts["rows"]}
+    for kind in ("dense", "factored"):
+        whole, blocks = rows[kind], rows[f"{kind}, blocks alone"]
+        assert 0 < blocks["parameters"] < whole["parameters"]
+        ends = whole["flops"] - blocks["flops"]
+        assert ends == 6 * 384 * 32 * 16  # of the output layer, vocabulary padded
+    assert facts["settings"]["settings"] == ["train.recompute=layers", "optimizer.epsilon=1e-6"]
+    assert run_tool(*sizes, *fast, "--settings", "train.recompute").returncode == 2
+
+
 @pytest.mark.slow
 def test_tool_writes_rows_table_and_profile(tmp_path: Path) -> None:
     sizes = ["--layers", 1, "--hidden", 32, "--heads", 2, "--sequence", 16, "--micro-batch", 1, "--vocabulary", 300]
