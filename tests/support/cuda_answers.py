@@ -46,6 +46,7 @@ def answers(pretence: Pretence, functions: Functions) -> Iterator[None]:
         replace(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing, mark=_nothing)
         replace(torch.cuda.random, get_rng_state=_random_state, set_rng_state=_nothing)
         replace(torch, Generator=Generator)
+        replace(Tensor, record_stream=_nothing)  # which takes a stream of torch's own and no other
         replace(dist, init_process_group=_with_gloo(dist.init_process_group), new_group=_with_gloo(dist.new_group))
         # Objects travel through NCCL in device memory.
         replace(distributed_c10d, _get_object_coll_device=lambda group=None: "cuda")

@@ -21,7 +21,10 @@ Part = Literal["forward and backward", "engine.step", "rest"]
 
 _ROOT = f"{Path(__file__).resolve().parents[2]}/"
 _OWN_FOLDERS = tuple(f"{_ROOT}{name}/" for name in ("model", "pretrain", "tools", "tests"))
-_HIDDEN_FOLDER = f"{_ROOT}tests/support/"
+_HIDDEN = tuple(f"{_ROOT}tests/support/{name}.py" for name in (
+    "cuda_answers", "device_ledger", "device_marks", "device_modes", "pretended_cuda", "plain_step",
+))  # fmt: skip
+"""The pretended GPU's own files."""
 _LIBRARIES = ("deepspeed", "megatron", "liger_kernel", "transformers")
 _PASSED_THROUGH = "deepspeed/accelerator/"
 """A folder of functions that say nothing but `torch.cuda`'s."""
@@ -104,7 +107,7 @@ def place() -> str:
     library, frame = "", sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OWN_FOLDERS) and not file.startswith(_HIDDEN_FOLDER):
+        if file.startswith(_OWN_FOLDERS) and file not in _HIDDEN:
             return _line(file.removeprefix(_ROOT), file, frame.f_lineno) + library
         _, inside, rest = file.rpartition("/site-packages/")
         if inside and not library and rest.startswith(_LIBRARIES) and not rest.startswith(_PASSED_THROUGH):

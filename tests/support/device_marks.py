@@ -37,7 +37,12 @@ class Marks:
         self._sweep_at = _FEWEST_TO_SWEEP
 
     def of(self, tensor: Tensor) -> Place:
-        found = self._known.get(storage_key(tensor))
+        with torch._C.DisableTorchFunction():
+            return self.at(storage_key(tensor))
+
+    def at(self, key: int) -> Place:
+        """By `storage_key`."""
+        found = self._known.get(key)
         return Place.PAGEABLE if found is None else found[1]
 
     def put(self, tensor: Tensor, place: Place) -> None:
@@ -50,6 +55,5 @@ class Marks:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same for all tensors that share memory."""
-    with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
+    """The same for all tensors that share memory; to be called where torch-function modes are off."""
+    return int(tensor.untyped_storage()._cdata)

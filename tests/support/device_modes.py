@@ -8,14 +8,15 @@ Autograd and all kernels see plain tensors of the host. FakeTensorMode will not 
 an autograd graph on fake CUDA tensors aborts the process, and with CUDA built in but no GPU its backward pass raises.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.support.device_ledger import Ledger
 from tests.support.device_marks import DEVICE, HOST, Marks, Place, storage_key
@@ -24,7 +25,7 @@ NCCL_TYPES = {
     torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.bool,
 }  # fmt: skip
-_ACROSS = {"copy_", "_to_copy", "set_", "is_pinned", "_pin_memory", "lift_fresh", "record_stream"}
+_ACROSS = {"copy_", "_to_copy", "set_", "is_pinned", "_pin_memory", "lift_fresh"}
 """Operators whose operands may lie apart."""
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _WAITING = {
@@ -34,7 +35,7 @@ _WAITING = {
 """Operators that bring a number, a size or an error code to the host."""
 _WITHOUT_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "detach", "detach_",
-    "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "record_stream", "is_pinned", "_local_scalar_dense",
+    "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "is_pinned", "_local_scalar_dense",
     "is_same_size", "sym_size", "sym_stride",
 }  # fmt: skip
 """Operators that allocate, look or wait, beside those that return views."""
@@ -63,8 +64,15 @@ class Pretence:
 
     def read_by_host(self, tensor: Tensor, how: str) -> None:
         """Python takes numbers out of `tensor` (on the host)."""
-        if storage_key(tensor) in self.on_their_way:
+        with torch._C.DisableTorchFunction():
+            key = storage_key(tensor)
+        if key in self.on_their_way:
             self.ledger.problem(f"{how} of host memory that a copy nobody waited for still writes to")
+
+    def generator_for(self, generator: Any, place: Place, name: str) -> None:
+        """`generator` (if there is one) is to fill a tensor in `place`."""
+        if generator is not None and place is not Place.EITHER and generator.device != place.device:
+            self.ledger.problem(f"{name}: a generator of {generator.device} for a tensor on {place.device}")
 
     def to_device(self, tensor: Tensor, source: Place, non_blocking: bool, how: str) -> None:
         """A copy from the host was asked for."""
@@ -78,7 +86,8 @@ class Pretence:
         """A copy to the host was asked for."""
         self.ledger.copied("device to host", tensor.nbytes)
         if non_blocking and into is Place.PINNED:
-            self.on_their_way.add(storage_key(target))
+            with torch._C.DisableTorchFunction():
+                self.on_their_way.add(storage_key(target))
         else:
             self.wait(f"{how} to the host")
 
@@ -98,9 +107,10 @@ class Operators(TorchDispatchMode):
             return self._run(operator, operator._schema.name.partition("::")[2], args, kwargs)
 
     def _run(self, operator: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves = tree_leaves((args, kwargs))
+        leaves = chain(_leaves(args), _leaves(kwargs.values()))
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_meta]
-        places = [self._marks.of(operand) for operand in operands]
+        keys = [storage_key(operand) for operand in operands]
+        places = [self._marks.at(key) for key in keys]
         on_device = Place.DEVICE in places
         if operator.namespace == "c10d":
             self._collective(name, operands, places)
@@ -115,14 +125,10 @@ class Operators(TorchDispatchMode):
             self._copy(args, kwargs)
         if name == "_local_scalar_dense":
             self._pretence.read_by_host(args[0], "a number")
-        self._check_generator(name, leaves, on_device, operands)
-        if name == "record_stream":
-            return None
         if name == "is_pinned":
             return places[0] is Place.PINNED
-        known = {storage_key(operand) for operand in operands}
         result = operator(*args, **kwargs)
-        self._mark_results(result, known, places, on_device)
+        self._mark_results(result, keys, places, on_device)
         return result
 
     def _check(self, name: str, args: tuple[Any, ...], operands: Sequence[Tensor], places: Sequence[Place]) -> None:
@@ -156,13 +162,6 @@ class Operators(TorchDispatchMode):
         elif into.on_host and out_of is Place.DEVICE:
             self._pretence.to_host(source, target, into, non_blocking, "copy_")
 
-    def _check_generator(self, name: str, leaves: Sequence[Any], on_device: bool, operands: Sequence[Tensor]) -> None:
-        for generator in leaves:
-            if isinstance(generator, torch.Generator) and operands:
-                of, needed = getattr(generator, "pretended", HOST), DEVICE if on_device else HOST
-                if of != needed:
-                    self._ledger.problem(f"{name}: a generator of {of} for a tensor on {needed}")
-
     def _collective(self, name: str, operands: Sequence[Tensor], places: Sequence[Place]) -> None:
         """What NCCL refuses."""
         if name == "barrier":
@@ -181,8 +180,8 @@ class Operators(TorchDispatchMode):
             if operand.dtype not in NCCL_TYPES:
                 self._ledger.problem(f"{name}: NCCL has no {operand.dtype}")
 
-    def _mark_results(self, result: Any, known: set[int], places: Sequence[Place], on_device: bool) -> None:
-        for one in tree_leaves(result):
+    def _mark_results(self, result: Any, known: Sequence[int], places: Sequence[Place], on_device: bool) -> None:
+        for one in _leaves([result]):
             if not isinstance(one, Tensor) or one.is_meta or storage_key(one) in known:
                 continue
             if on_device:
@@ -191,6 +190,16 @@ class Operators(TorchDispatchMode):
                 self._marks.put(one, Place.EITHER)
 
 
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """What operators take and return, without the lists around it."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+@cache
 def _returns_view(operator: Any) -> bool:
     aliases = [returned.alias_info for returned in operator._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
@@ -216,7 +225,6 @@ class Functions(TorchFunctionMode):
             _getter("is_cpu"): lambda tensor: self._marks.of(tensor).device == HOST,
             Tensor.get_device: lambda tensor: 0 if self._marks.of(tensor).device == DEVICE else -1,
             Tensor.is_pinned: lambda tensor, device=None: self._marks.of(tensor) is Place.PINNED,
-            Tensor.record_stream: lambda tensor, stream: None,
             Tensor.pin_memory: self._pin,
             Tensor.to: self._to,
             Tensor.cpu: lambda tensor, **options: self._to(tensor, HOST, **options),
@@ -232,6 +240,7 @@ class Functions(TorchFunctionMode):
             answer = self._answers.get(function)
             if answer is not None:
                 return answer(*args, **kwargs)
+            self._pretence.generator_for(kwargs.get("generator"), self._marks.of(first), function.__name__)
             self._look(function, first, kwargs)
         result = self._make(function, args, kwargs) if _makes(function, first, kwargs) else function(*args, **kwargs)
         if function is Tensor.__deepcopy__ and first is not None and self._marks.of(first) is not Place.PAGEABLE:
@@ -262,12 +271,14 @@ class Functions(TorchFunctionMode):
             kwargs["device"] = HOST
             if isinstance(asked_for, int) or torch.device(asked_for).type == "cuda":
                 place = Place.DEVICE
+        if not args or not isinstance(args[0], Tensor):
+            self._pretence.generator_for(kwargs.get("generator"), place, function.__name__)
         self._pretence.making += 1
         try:
             result = function(*args, **kwargs)
         finally:
             self._pretence.making -= 1
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        made = [one for one in _leaves([result]) if isinstance(one, Tensor)]
         if asked_for is not None or pinned:
             for one in made:
                 self._marks.put(one, place)

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.pretending import ENVIRONMENT
+
 if TYPE_CHECKING:
     from tests.support.device_ledger import Count
 
@@ -87,5 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"DS_ACCELERATOR": "cuda", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+    os.environ.update(ENVIRONMENT)
     main()

@@ -7,8 +7,8 @@ would refuse, wait for and launch.
         print(gpu.count() - before)         # kernels and host waits, by part of the step, with places
     assert not gpu.problems                 # mixed devices, host memory given to NCCL, wrong generators, ...
 
-Before torch, DeepSpeed and Triton are imported the process needs `ENVIRONMENT`; tests get such processes from
-`tests.distributed.WorkerPool(ENVIRONMENT)`. At a shell, waits and kernels of a plain step with their places:
+Before torch, DeepSpeed and Triton are imported the process needs `tests.support.pretending.ENVIRONMENT`; tests get such
+processes from the fixture `pretending`. At a shell, waits and kernels of a plain step with their places:
 
     python -m tests.support.plain_step model.family=gpt2 train.precision=bf16
 
@@ -25,9 +25,6 @@ from tests.support.cuda_answers import answers
 from tests.support.device_ledger import Count
 from tests.support.device_marks import Marks
 from tests.support.device_modes import Functions, Operators, Pretence
-
-ENVIRONMENT = {"DS_ACCELERATOR": "cuda", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
-"""Of a process that pretends: Triton's kernels are interpreted, and what torch.compile would fuse runs as it is."""
 
 
 class PretendedCuda:
