@@ -119,7 +119,7 @@ class Operators(TorchDispatchMode):
         asked_for = kwargs.get("device")
         if asked_for is not None and torch.device(asked_for).type == "cuda":
             kwargs, on_device = {**kwargs, "device": HOST}, True
-        if on_device:
+        if on_device and operator.namespace != "c10d":
             self._count(operator, name, args, kwargs)
         if name == "copy_":
             self._copy(args, kwargs)
