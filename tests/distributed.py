@@ -15,8 +15,9 @@ size, and returns one result per process:
     def test_sum() -> None:
         assert run(sum_of_places, 2) == [1, 1]
 
-`run_alone` is for functions that kill their process: fresh workers, exit codes back. Everything stays on the loopback
-interface and on the CPU, also on a machine with GPUs.
+`run_alone` is for functions that kill their process: fresh workers, exit codes back. A `WorkerPool` of its own is for
+workers with other variables in their environment, which libraries read when they are imported (`tests/conftest.py` has
+one). Everything stays on the loopback interface and on the CPU, also on a machine with GPUs.
 """
 
 import multiprocessing
@@ -25,7 +26,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -97,8 +98,10 @@ class _Worker:
 class WorkerPool:
     """Worker processes that wait for tasks; `run` below keeps one such pool."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: variables of the workers, laid over those that all workers have."""
         self._store = _start_store()
+        self._environment = dict(environment or {})
         self._workers: list[_Worker] = []
         self._tasks_begun = 0
 
@@ -132,7 +135,7 @@ class WorkerPool:
         fresh = []
         for _ in range(len(self._workers), processes):
             ours, theirs = _spawn.Pipe()
-            process = _spawn.Process(target=serve, args=(self._store.port, theirs), daemon=True)
+            process = _spawn.Process(target=serve, args=(self._store.port, theirs, self._environment), daemon=True)
             process.start()
             theirs.close()
             fresh.append(_Worker(process, ours))

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -55,10 +56,10 @@ class Failure:
     """On the machine's monotonic clock: the first failure is the cause, the others' lost connections follow from it."""
 
 
-def _set_up_worker(store_port: int) -> "dist.Store":
+def _set_up_worker(store_port: int, environment: Mapping[str, str]) -> "dist.Store":
     """Environment, libraries and the shared store of a fresh worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the workers
-    os.environ.update(WORKER_ENVIRONMENT)
+    os.environ.update({**WORKER_ENVIRONMENT, **environment})
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja lies there
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -159,9 +160,9 @@ def _perform(store: "dist.Store", task: Task) -> object:
     return result
 
 
-def serve(store_port: int, connection: Connection) -> None:
+def serve(store_port: int, connection: Connection, environment: Mapping[str, str]) -> None:
     """A worker's life: performs task after task until the parent closes the connection."""
-    store = _set_up_worker(store_port)
+    store = _set_up_worker(store_port, environment)
     connection.send_bytes(pickle.dumps("ready"))
     while True:
         try:
@@ -174,7 +175,7 @@ def serve(store_port: int, connection: Connection) -> None:
 
 def serve_once(store_port: int, task: Task) -> None:
     """The life of a worker of `run_alone`: exceptions end it with exit code 1 and a traceback on stderr."""
-    store = _set_up_worker(store_port)
+    store = _set_up_worker(store_port, {})
     sys.path[:] = task.path
     _enter_group(store, task)
     function, args, kwargs = pickle.loads(task.call)

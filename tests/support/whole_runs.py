@@ -1,0 +1,68 @@
+"""What workers do on a pretended GPU: whole training runs, and the tools on what came out of them."""
+
+import importlib
+import sys
+from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from pretrain.config import load_config
+from pretrain.engine import tear_down
+from pretrain.train import run_training
+from pretrain.trainer import Trainer
+from tests.support.device_ledger import Count
+from tests.support.plain_step import count_plain_step
+from tests.support.pretended_cuda import PretendedCuda
+
+
+def problems_of_run(settings: list[str], lengths: list[int]) -> list[str]:
+    """Trains to the first of `lengths` (steps), resumes and trains to the next, and so on; what a GPU would have
+    refused."""
+    with PretendedCuda() as gpu:
+        for steps in lengths:
+            run = run_training(load_config("quickstart", [*settings, f"train.steps={steps}"]), dist.get_world_size())
+            assert run is not None
+            assert run.state.step == steps
+            assert next(run.model.parameters()).is_cuda
+            tear_down(run.engine)
+            parallel_state.destroy_model_parallel()
+    return sorted(gpu.problems)
+
+
+def plain_step(settings: list[str]) -> tuple[Count, list[str]]:
+    """A plain step's count, and what a GPU would have refused in the whole run."""
+    with PretendedCuda() as gpu:
+        count = count_plain_step(load_config("quickstart", settings), gpu, dist.get_world_size())
+    return count, sorted(gpu.problems)
+
+
+def problems_of_tool(name: str, flags: list[str]) -> tuple[list[str], str]:
+    """Runs `tools/NAME.py` with command line `flags`; what a GPU would have refused, and what the tool printed."""
+    said = StringIO()
+    tool: Any = importlib.import_module(f"tools.{name}")
+    sys.argv = [f"{name}.py", *flags]
+    with PretendedCuda() as gpu, redirect_stdout(said):
+        tool.main()
+    return sorted(gpu.problems), said.getvalue()
+
+
+def waits_with_planted_read(settings: list[str]) -> Counter[str]:
+    """Causes of the host waits of a plain step that looks at its loss once more."""
+    mean_loss = Trainer._mean_loss
+
+    def looking(trainer: Trainer, batch: dict[str, Tensor]) -> Tensor:
+        loss = mean_loss(trainer, batch)
+        loss.item()
+        return loss
+
+    Trainer._mean_loss = looking  # type: ignore[method-assign]
+    try:
+        count, _ = plain_step(settings)
+    finally:
+        Trainer._mean_loss = mean_loss  # type: ignore[method-assign]
+    return Counter({cause: number for (_, cause), number in count.waits.items()})
