@@ -76,15 +76,33 @@ def statistic_parts(element_bytes: int) -> int:
     return 1 if element_bytes >= 4 else 2
 
 
+_LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
+"""What flash attention over variable lengths takes."""
+
+
+def packs_documents(config: ModelConfig, element_bytes: int) -> bool:
+    """Whether a GPU attends to documents without a mask: in 16 bits, and without dropout, which
+    `torch.nn.attention.varlen` does not know."""
+    fits = config.head_size <= _LARGEST_HEAD and config.head_size % _HEAD_MULTIPLE == 0
+    return fits and config.attention_dropout == 0.0 and element_bytes == 2
+
+
 def kept_activation_bytes(
-    config: ModelConfig, ranks: Mapping[str, int], recompute: Recompute, *, tensor_parallel: int, element_bytes: int
+    config: ModelConfig,
+    ranks: Mapping[str, int],
+    recompute: Recompute,
+    *,
+    tensor_parallel: int,
+    element_bytes: int,
+    gpu: bool = False,
+    within_documents: bool = False,
 ) -> list[int]:
     """Bytes a token that each transformer layer keeps on one process from its forward to its backward pass.
 
     While a layer is recomputed, it also holds what it would have kept with `none`. Embedding, final norm, logits and
-    loss are not counted, nor is what does not grow with the tokens. For `none` attention is a flash kernel (which a CPU
-    does not have for dropout), all parameters are trained, and norms are as a CPU computes them: torch 2.13 composes a
-    whole llama norm of elementary operations there, and fused CUDA kernels keep less.
+    loss are not counted, nor is a mask of documents or what does not grow with the tokens. For `none` attention is a
+    flash kernel (which a CPU does not have for dropout), all parameters are trained, and norms are as a CPU computes
+    them: torch 2.13 composes a whole llama norm of elementary operations there, and fused CUDA kernels keep less.
     """
     stream = config.hidden // (tensor_parallel if config.parametrization == "factored" else 1)
     kept = []
@@ -96,12 +114,19 @@ def kept_activation_bytes(
             bottlenecks = sum(_bottleneck_bytes(config, p, ranks[p.name], tensor_parallel, element_bytes) for p in four)
             kept.append(element_bytes * stream + bottlenecks)
         else:
-            masks = 2 * element_bytes * stream if config.hidden_dropout > 0.0 else 0
+            masks = 2 * dropout_mask_bytes(config, gpu) * stream
             inputs = sum(
                 _input_bytes(config, p, ranks.get(p.name), stream, tensor_parallel, element_bytes) for p in four
             )
-            kept.append(_attention_and_mlp_bytes(config, tensor_parallel, element_bytes) + inputs + masks)
+            packed = gpu and within_documents and packs_documents(config, element_bytes)
+            attention = _attention_bytes(config, tensor_parallel, element_bytes, gpu, packed)
+            kept.append(attention + _mlp_bytes(config, tensor_parallel, element_bytes) + inputs + masks)
     return kept
+
+
+def dropout_mask_bytes(config: ModelConfig, gpu: bool) -> int:
+    """Of a number behind a dropout outside attention: a GPU draws the mask again."""
+    return 1 if config.hidden_dropout > 0.0 and not gpu else 0
 
 
 def _bottleneck_bytes(
@@ -117,22 +142,30 @@ def _norm_statistics(config: ModelConfig) -> int:
     return 1 if config.family == "llama" else 2
 
 
-def _attention_and_mlp_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int) -> int:
-    """Saved by what lies between the linear layers, the inputs of `proj` and `fc2` included."""
+def _attention_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int, gpu: bool, packed: bool) -> int:
+    """Saved from `qkv` to `proj`, whose input is included."""
     own_heads, own_groups = config.heads // tensor_parallel, max(1, config.groups // tensor_parallel)
     queries = own_heads * config.head_size
     qkv = (config.heads + 2 * config.groups) * config.head_size
     if config.groups >= tensor_parallel:  # else megatron-core gathers those of all processes
         qkv //= tensor_parallel
-    if config.family == "gpt2":
+    shared = gpu and element_bytes == 2  # keys and values, by the queries of a group
+    if packed:
+        attention = 4 * queries  # all three one sample behind the other, keys and values repeated; and so the result
+    elif config.family == "gpt2":
         attention = qkv
-    elif own_groups < own_heads:
+    elif own_groups < own_heads and not shared:
         attention = 3 * queries  # rotated queries; keys and values, repeated
     else:
-        attention = 2 * queries + qkv  # rotated queries and keys; values are a view of all three
-    mlp = (3 if config.gated else 2) * config.ffn_width // tensor_parallel
+        # Rotated queries and keys; values are a view of all three.
+        attention = queries + own_groups * config.head_size + qkv
     log_sums = 4 * own_heads
-    return element_bytes * (attention + queries + mlp) + log_sums
+    return element_bytes * (attention + queries) + log_sums
+
+
+def _mlp_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int) -> int:
+    """Saved from `fc1` to `fc2`, whose input is included."""
+    return element_bytes * ((3 if config.gated else 2) * config.ffn_width // tensor_parallel)
 
 
 def _input_bytes(

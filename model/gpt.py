@@ -30,6 +30,7 @@ from model.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParal
 from model.attention import ScaledDotProductAttention
 from model.collectives import all_gathered
 from model.config import ModelConfig, Projection, Recompute, check_recompute, factored_projections, projections
+from model.cross_entropy import HiddenPadding, split_vocabulary_losses, whole_vocabulary_losses
 from model.dense_in_stream import StreamColumnParallelLinear, StreamRowParallelLinear
 from model.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
 from model.embedding import StreamEmbedding
@@ -165,21 +166,6 @@ class _BlockNorm(ShardedNorm):
         super().__init__(kind, hidden_size, eps)
 
 
-class _HidePadding(torch.autograd.Function):
-    """Overwrites the last dimension of logits with −∞ from `real` on. Behind a softmax these have no gradient, so there
-    is none to mask."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, real: int) -> Tensor:
-        ctx.mark_dirty(logits)
-        logits[..., real:] = float("-inf")
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 class EspalierModel(GPTModel):
     """`GPTModel` whose embedding and output layer fit the stream, and whose loss ignores padded vocabulary rows.
 
@@ -225,10 +211,17 @@ class EspalierModel(GPTModel):
         """Cross entropy `(batch, seq)` of `logits (seq, batch, padded_vocabulary/tp)` over the real vocabulary: rows
         that only pad it get no probability. Logits that have a gradient are overwritten: a copy of them would cost more
         than the loss."""
+        vocabulary = self.model_config.vocabulary
+        if logits.is_cuda and tensor_size() == 1:
+            return whole_vocabulary_losses(labels, logits, vocabulary)
         if logits.requires_grad:
-            real = max(self.model_config.vocabulary - tensor_index() * logits.shape[-1], 0)
-            return super().compute_language_model_loss(labels, _HidePadding.apply(logits, real))
-        return super().compute_language_model_loss(labels, self._over_real_vocabulary(logits))
+            real = max(vocabulary - tensor_index() * logits.shape[-1], 0)
+            logits = HiddenPadding.apply(logits, real)
+        else:
+            logits = self._over_real_vocabulary(logits)
+        if logits.is_cuda and logits.dtype == torch.bfloat16:
+            return split_vocabulary_losses(labels, logits)
+        return super().compute_language_model_loss(labels, logits)
 
     def likeliest_tokens(self, logits: Tensor) -> Tensor:
         """The token with the largest of `logits (..., padded_vocabulary/tp)`, over all processes' shards: `(...)`."""

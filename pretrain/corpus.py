@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from pretrain.data_config import DataConfig
-from pretrain.document_starts import WithinDocuments
+from pretrain.document_starts import WithinDocuments, document_bounds
 from pretrain.errors import DataError
 from pretrain.index_check import CorpusFacts, check_index
 from pretrain.sample_order import build_in_order
@@ -165,9 +165,10 @@ class _Opener:
 
 def batch_at(dataset: Any, first_sample: int, micro_batch: int) -> dict[str, Tensor]:
     """The `micro_batch` samples from `first_sample` on: tokens, labels, loss_mask (fp32) and position_ids, each
-    (micro_batch, sequence_length)."""
+    (micro_batch, sequence_length), and document_bounds (documents + 1,)."""
     samples = [dataset[index] for index in range(first_sample, first_sample + micro_batch)]
-    return {key: torch.stack([sample[key] for sample in samples]) for key in BATCH_KEYS}
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in BATCH_KEYS}
+    return batch | {"document_bounds": document_bounds(batch["position_ids"])}
 
 
 def micro_batch_start(consumed_samples: int, micro_step: int, micro_batch: int, data_index: int, data_size: int) -> int:

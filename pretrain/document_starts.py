@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.arithmetic import packs_documents
 from model.process_groups import device
 from pretrain.config import RunConfig
 
@@ -42,12 +43,22 @@ def positions_within(tokens: Tensor, end_of_document: int) -> Tensor:
     return places - starts.cummax(-1).values
 
 
+def document_bounds(positions: Tensor) -> Tensor:
+    """Where in all tokens of a batch documents begin, and where the last one ends: int32 `(documents + 1,)`, from
+    `positions (batch, seq)`. On the host, for a device would have to be waited for: their number varies."""
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    return torch.cat([starts, torch.tensor([positions.numel()])]).int()
+
+
 def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device."""
+    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device; in place of a
+    mask the bounds of documents, where a GPU can do with them."""
     tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
     if not config.data.within_documents:
         return tokens, positions, None
     kind = NUMBER_TYPES[config.train.precision]
+    if device().type == "cuda" and packs_documents(config.model, kind.itemsize):
+        return tokens, positions, batch["document_bounds"].to(device())
     return tokens, positions, outside_mask(positions, kind, causal=not config.model.bidirectional)
 
 

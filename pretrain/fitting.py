@@ -36,7 +36,7 @@ def fitting_setup(config: RunConfig, moment: Moment, machine: Machine, assumed: 
         config.layout(machine.processes)
     except ConfigError as error:
         raise ConfigError(f"{error}; {_proposal(config, moment, machine, assumed)}") from error
-    setup = setup_of(config, machine.processes)
+    setup = setup_of(config, machine.processes, machine.gpu)
     memory = plan_memory(moment.model, moment.ranks, setup)
     if not fits(memory, machine, assumed):
         raise ConfigError(
@@ -120,6 +120,7 @@ def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator
                     train.precision,
                     config.deepspeed.stage,
                     within_documents=config.data.within_documents,
+                    gpu=machine.gpu,
                 )
                 for setup, distance in _variants(config, model, plain):
                     yield Candidate(setup, global_batch, moved + distance)

@@ -12,7 +12,7 @@ from pretrain.plan import setup_of
 
 def check_memory(config: RunConfig, processes: int) -> None:
     """ConfigError with the numbers. What is checked is certain and not all: `tools/plan_run.py` plans the rest."""
-    plan = plan_memory(config.model, config.initial_ranks(), setup_of(config, processes))
+    plan = plan_memory(config.model, config.initial_ranks(), setup_of(config, processes, torch.cuda.is_available()))
     neighbours = processes_of_machine(processes)
     host = psutil.virtual_memory().total / neighbours
     copy = plan.optimizer if config.checkpoint.background else 0

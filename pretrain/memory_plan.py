@@ -21,10 +21,10 @@ micro-step the two are never there together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from model.activations import FP32_BYTES, Activations, activation_bytes
+from model.activations import FP32_BYTES, Activations, activation_bytes, loss_bytes, loss_in_place
 from model.config import ModelConfig, Recompute, round_up
 from model.parameter_shards import ParameterShard, parameter_shards
 from pretrain.layout import Layout
@@ -64,6 +64,8 @@ class Setup:
     recompute: Recompute = "none"
     zero: ZeroBuffers = ZeroBuffers()
     within_documents: bool = False
+    gpu: bool = False
+    """Whether processes compute on GPUs: they keep less of loss, attention and dropout."""
 
     @property
     def element_bytes(self) -> int:
@@ -131,11 +133,9 @@ def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> M
         sequences=setup.micro_batch,
         element_bytes=e,
         recompute=setup.recompute,
+        gpu=setup.gpu,
+        within_documents=setup.within_documents,
     )
-    if setup.within_documents:
-        # The mask of all layers (pretrain/document_starts.py).
-        mask = setup.micro_batch * model.sequence_length**2 * e
-        activations = replace(activations, kept=activations.kept + mask)
     states = _partitioned(shards, setup) if setup.stage == 3 else _flat(shards, setup)
     return MemoryPlan(
         states.weights,
@@ -152,7 +152,8 @@ def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> M
 def _fullest(
     model: ModelConfig, shards: Sequence[ParameterShard], setup: Setup, states: _States, activations: Activations
 ) -> int:
-    """Bytes beside weights and optimizer. The loss turns its softmax, in fp32, into the gradient of the logits."""
+    """Bytes beside weights and optimizer. The loss turns its softmax, in fp32, into the gradient of the logits; in
+    place (`model/cross_entropy.py`) it has nothing beside them."""
     e, tensor = setup.element_bytes, setup.layout.tensor
     tokens = setup.micro_batch * model.sequence_length
     logits = tokens * model.padded_vocabulary // tensor
@@ -163,8 +164,9 @@ def _fullest(
     before = states.standing + activations.kept + (states.gradients if again or setup.stage == 3 else 0)
     # Stage 1 reduces in the last micro-step, and keeps the bucket of the first until then.
     bucket = states.bucket if again and setup.stage == 1 else 0
-    loss = before + bucket + (logits * e if e != FP32_BYTES else 0)
-    behind = before - FP32_BYTES * logits
+    copied = e != FP32_BYTES and not loss_in_place(tensor, setup.gpu)
+    loss = before + bucket + (logits * e if copied else 0)
+    behind = before - tokens * loss_bytes(model, tensor, e, setup.gpu)
     in_output = tokens * model.hidden * e + output_gradient
     output_layer = behind + bucket + logits * e + in_output
     first_reduced = behind + states.bucket + in_output if setup.stage > 1 else 0

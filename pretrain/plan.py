@@ -39,6 +39,8 @@ class Machine:
     """Of one device."""
     host_memory_bytes: float
     """Of one node."""
+    gpu: bool
+    """Whether its devices are GPUs."""
 
     @property
     def processes(self) -> int:
@@ -98,8 +100,9 @@ class ScalingRow:
     """Speed per process, as a share of the first row's."""
 
 
-def setup_of(config: RunConfig, processes: int) -> Setup:
-    """How the config itself splits the run over so many processes; ConfigError if that does not come out even."""
+def setup_of(config: RunConfig, processes: int, gpu: bool) -> Setup:
+    """How the config itself splits the run over so many processes (`gpu`: on GPUs); ConfigError if that does not come
+    out even."""
     layout = config.layout(processes)
     deepspeed_dict(config, layout)  # refuses what the run would refuse
     return Setup(
@@ -111,6 +114,7 @@ def setup_of(config: RunConfig, processes: int) -> Setup:
         recompute=config.train.recompute,
         zero=zero_buffers(config),
         within_documents=config.data.within_documents,
+        gpu=gpu,
     )
 
 

@@ -220,6 +220,7 @@ def _surroundings(arguments: argparse.Namespace, precision: str) -> tuple[Machin
         arguments.gpus_per_node,
         parse_bytes(arguments.memory) if arguments.memory else facts.memory_bytes,
         parse_bytes(arguments.host_memory) if arguments.host_memory else HOST_MEMORY_BYTES,
+        gpu=arguments.device != "cpu",
     )
     links = Links(
         arguments.node_bandwidth or facts.node_bytes_per_second,

@@ -8,7 +8,8 @@ from model.activations import activation_bytes
 from model.config import ModelConfig
 from model.gpt import build_model
 from model.process_groups import initialize_process_groups
-from pretrain.document_starts import outside_mask, positions_within
+from pretrain.document_starts import document_bounds, outside_mask, positions_within
+from tests import varlen_attention
 from tests.distributed import run
 from tests.parallel_engine import uniform_ranks
 from tests.parallel_model import positions_of, small_config, some_tokens
@@ -23,10 +24,10 @@ def _config(family: str, form: str, **changes: object) -> ModelConfig:
     return small_config(family, form.split()[0], FORMS[form], **sizes)
 
 
-def _saved_bytes(
-    configs: list[ModelConfig], dtype: torch.dtype, tensor: int, within_documents: bool = False
-) -> list[int]:
-    """Of all storages that autograd holds on to, parameters and buffers apart."""
+def _saved_bytes(configs: list[ModelConfig], dtype: torch.dtype, tensor: int, within_documents: str = "") -> list[int]:
+    """Of all storages that autograd holds on to, parameters and buffers apart; `within_documents` by a "mask" or by
+    their "bounds"."""
+    varlen_attention.provide()
     initialize_process_groups(tensor)
     totals = []
     for config in configs:
@@ -44,6 +45,8 @@ def _saved_bytes(
             if within_documents:
                 positions = positions_within(tokens, END)
                 mask = outside_mask(positions, dtype, causal=True)
+                if within_documents == "bounds":
+                    mask = document_bounds(positions)
             model(tokens, positions, mask, labels=labels).mean()
         storages = {values.untyped_storage().data_ptr(): values.untyped_storage().nbytes() for values in kept}
         totals.append(sum(size for place, size in storages.items() if place not in own))
@@ -69,12 +72,30 @@ def test_a_factored_model_keeps_what_is_planned() -> None:
 
 def test_all_layers_keep_one_mask_of_documents() -> None:
     configs = [_config(family, "factored", sequence_length=96) for family in ("llama", "gpt2")]
-    without, within = (_saved_bytes_of_one(configs, masked) for masked in (False, True))
+    without, within = (_saved_bytes_of_one(configs, how) for how in ("", "mask"))
     for before, after in zip(without, within, strict=True):
         assert after - before == pytest.approx(SEQUENCES * 96 * 96 * torch.bfloat16.itemsize, rel=0.05)
 
 
-def _saved_bytes_of_one(configs: list[ModelConfig], within_documents: bool) -> list[int]:
+def test_layers_of_a_gpu_keep_queries_keys_values_and_results_in_the_order_of_documents() -> None:
+    config = _config("gpt2", "factored", sequence_length=96)
+    (without,), (within,) = (_saved_bytes_of_one([config], how) for how in ("", "bounds"))
+    plain, packed = (
+        activation_bytes(
+            config,
+            uniform_ranks(config, RANK),
+            tensor_size=1,
+            sequences=SEQUENCES,
+            element_bytes=2,
+            gpu=True,
+            within_documents=documents,
+        ).kept
+        for documents in (False, True)
+    )
+    assert within - without == pytest.approx(packed - plain, rel=0.05)
+
+
+def _saved_bytes_of_one(configs: list[ModelConfig], within_documents: str) -> list[int]:
     (found,) = run(_saved_bytes, 1, configs, torch.bfloat16, 1, within_documents)
     return found
 

@@ -165,6 +165,21 @@ def test_every_trained_number_without_zero_costs_sixteen_bytes() -> None:
     assert plan.weights + plan.gradients + plan.optimizer == 16 * 6_738_415_616
 
 
+def test_a_gpu_with_the_whole_vocabulary_has_two_bytes_of_logits_at_its_loss_where_a_cpu_has_six() -> None:
+    config = _config("gpt2").model_copy(update={"vocabulary": 8192, "hidden_dropout": 0.1})
+    setup = Setup(Layout(1, 1, 1), 128, "bf16", 1, zero=ZeroBuffers(reduce_bucket_size=0))
+    ranks = uniform_ranks(config, RANKS[0])
+    host, device = plan_memory(config, ranks, setup), plan_memory(config, ranks, replace(setup, gpu=True))
+    tokens = setup.micro_batch * config.sequence_length
+    masks = tokens * config.hidden * (2 * config.layers + 1)
+    assert host.activations - device.activations == tokens * 2 * config.padded_vocabulary + masks
+    in_output_layer = 2 * config.hidden * (tokens + config.padded_vocabulary)  # where the GPU is fullest then
+    assert host.fullest - device.fullest == tokens * 4 * config.padded_vocabulary + masks - in_output_layer
+    split = replace(setup, layout=Layout(2, 1, 1))
+    host, device = plan_memory(config, ranks, split), plan_memory(config, ranks, replace(split, gpu=True))
+    assert host.fullest - device.fullest == masks // 2
+
+
 def test_zero_3_divides_everything_by_the_processes() -> None:
     config = _config("llama", parametrization="dense")
     whole = plan_memory(config, {}, Setup(Layout(1, 1, 1), 2, "bf16", 1))
