@@ -105,7 +105,7 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
         return func(*args, **(kwargs or {}))
 
