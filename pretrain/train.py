@@ -54,7 +54,7 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
             guard.forget()
             monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds, growth.logit_change)
 
-        metrics = run.train_step(guard.flags(saver.writing))
+        metrics = run.train_step(lambda: guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
         try:

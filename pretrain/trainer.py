@@ -6,7 +6,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -97,9 +97,9 @@ class Trainer:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, flags: Flags = NO_FLAGS) -> StepMetrics:
-        """One optimizer step on the next unseen samples. `flags`: this process's; those of all are `self.flags`
-        then."""
+    def train_step(self, flags: Callable[[], Flags] = lambda: NO_FLAGS) -> StepMetrics:
+        """One optimizer step on the next unseen samples. `flags`: this process's, asked before the optimizer moves;
+        those of all are `self.flags` then."""
         start = time.perf_counter()
         train, state = self.config.train, self.state
         sequences = global_batch_at(state.step, train.global_batch, train.batch_ramp)
@@ -124,7 +124,7 @@ class Trainer:
             if micro_step < accumulation - 1:
                 self.engine.step()
         reach("step.optimizer")
-        known = agree(total, squared_norm(self.engine), flags)
+        known = agree(total, squared_norm(self.engine), flags())
         self.flags = known.flags
         norm, applied = self._optimizer_step(known.squared_norm)
         if self.rank_control.probes(state.step):

@@ -102,7 +102,7 @@ def _look(engine: DeepSpeedEngine) -> Found:
 
 def train_and_note_samples(config: str, overrides: list[str]) -> tuple[int, list[int]]:
     """A whole run: this process's data-parallel index, and the training samples it took, in order."""
-    with patch("pretrain.trainer.batch_at", wraps=batch_at) as reading:
+    with patch("pretrain.prefetch.batch_at", wraps=batch_at) as reading:
         run = run_training(load_config(config, overrides), dist.get_world_size())
     assert run is not None
     calls = [call.args for call in reading.call_args_list]
