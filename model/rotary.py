@@ -2,9 +2,9 @@
 
     x'_i = x_i cos(p θ_i) − x_j sin(p θ_i),   x'_j = x_j cos(p θ_i) + x_i sin(p θ_i)
 
-with j = i + size/2 and θ_i = base^(−2i/size).
- Sines and cosines are made once and serve all layers and steps. megatron-core 0.16.1 makes them in every layer, of
-queries and of keys, and turns each in ten operations; its fused form needs Transformer Engine.
+with j = i + size/2 and θ_i = base^(−2i/size). Sines and cosines are made once and serve all layers and steps.
+megatron-core 0.16.1 makes them in every layer, of queries and of keys, and turns each in ten operations; its fused form
+needs Transformer Engine.
 """
 
 from typing import Any

@@ -186,7 +186,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _compiled_layers_are_whole(self) -> "RunConfig":
-        """What a layer's graph could not hold: hooks of ZeRO 3, collectives in flight, a second pass, seeds of masks."""
+        """A layer's graph holds no hooks of ZeRO 3, collectives in flight, second passes and seeds of masks."""
         model, train = self.model, self.train
         whole = model.parametrization == "factored" and model.factored_layers == "all"
         needs = (

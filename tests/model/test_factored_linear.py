@@ -116,6 +116,40 @@ def test_sixteen_bit_statistics_are_exact_enough(norm: str, dtype: torch.dtype) 
         assert (both - alone).norm() <= 4 * torch.finfo(dtype).eps * alone.norm() * (1 if offset == 0.0 else 30)
 
 
+def _alone(norm: NormKind, dtype: torch.dtype) -> dict[str, float]:
+    """Errors of a layer's output and all its gradients over 2000 tokens, one of them zero, in units of `dtype`'s last
+    place, by fp64."""
+    initialize_process_groups(1)
+    layer = FactoredLinear(
+        IN, OUT, rank=RANK, config=_transformer_config(small_config("gpt2")), bias=True, norm=norm
+    ).to(dtype)
+    generator = torch.Generator().manual_seed(2)
+    values = {name: torch.randn(p.shape, generator=generator).to(dtype) for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(values[name])
+    x = torch.randn(1000, 2, IN, generator=generator).to(dtype)
+    x[0, 0] = 0.0
+    outer = torch.randn(1000, 2, OUT, generator=generator).to(dtype)
+    expected = _plain(values | {"x": x, "output_gradient": outer}, norm)
+    y, _ = layer(x.requires_grad_())
+    y.backward(outer)
+    found = {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    errors = {}
+    for name, value in found.items():
+        assert value is not None
+        assert value.dtype == dtype
+        errors[name] = float((value.double() - expected[name]).norm() / expected[name].norm()) / torch.finfo(dtype).eps
+    return errors
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_sums_over_many_tokens_lose_no_digits_in_sixteen_bits(norm: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        (errors,) = run(_alone, 1, norm, dtype)
+        assert all(error <= 1.5 for error in errors.values()), errors
+
+
 class _Log(TorchDispatchMode):
     """Names of the operations that run."""
 

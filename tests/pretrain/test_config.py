@@ -186,6 +186,18 @@ def test_only_wholly_factored_models_keep_bottlenecks_alone(model):
         configured(model=model, train={"recompute": "factors"})
 
 
+def test_layers_that_no_graph_holds_are_not_compiled():
+    assert configured(train={"compile": True}).train.compile
+    for sections, setting in (
+        ({"model": {"parametrization": "dense"}}, "model.parametrization=factored"),
+        ({"deepspeed": {"stage": 3}}, "deepspeed.stage 0, 1 or 2"),
+        ({"parallel": {"tensor": 2}}, "parallel.tensor=1"),
+        ({"model": {"hidden_dropout": 0.1}}, "model.hidden_dropout=0"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^train\.compile needs {setting}.*or leave train\.compile out$"):
+            configured(train={"compile": True}, **sections)
+
+
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
