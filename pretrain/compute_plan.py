@@ -11,8 +11,9 @@ since tensor cores work on whole tiles, and since a thin product, such as a fact
     step = (product_share · Σ priced FLOPs + (1 - product_share) · FLOPs of the dense model) / (efficiency · peak)
 
 The first term is products and attention, the second what lies between them: norms, loss, optimizer. That is taken to
-be as much in a factored model as in the dense one, since it does not shrink with the products (the optimizer does). For the dense model with large matrices the
-step is FLOPs / (efficiency · peak). Modelled, not measured; the waves in which tiles fill a device are left out.
+be as much in a factored model as in the dense one, since it does not shrink with the products (the optimizer does). For
+the dense model with large matrices the step is FLOPs / (efficiency · peak). Modelled, not measured; the waves in which
+tiles fill a device are left out.
 """
 
 from collections.abc import Iterator, Mapping

@@ -108,7 +108,7 @@ def _timeouts(stage: int, hang_seconds: float) -> set[timedelta]:
     small_run.train(1)
     groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
     assert len(groups) > 5
-    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}  # type: ignore[attr-defined]
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
 def test_every_group_waits_longer_than_the_watchdog() -> None:
@@ -131,7 +131,7 @@ class _Seen(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         on_integers = func.overloadpacket.__name__ == "cumsum" and not args[0].is_floating_point()
         if not on_integers:
             self.names.add(func.overloadpacket.__name__)
