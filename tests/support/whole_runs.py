@@ -8,13 +8,13 @@ from io import StringIO
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.config import load_config
 from pretrain.engine import tear_down
 from pretrain.train import run_training
-from pretrain.trainer import Trainer
 from tests.support.device_ledger import Count
 from tests.support.plain_step import count_plain_step
 from tests.support.pretended_cuda import PretendedCuda
@@ -53,16 +53,15 @@ def problems_of_tool(name: str, flags: list[str]) -> tuple[list[str], str]:
 
 def waits_with_planted_read(settings: list[str]) -> Counter[str]:
     """Causes of the host waits of a plain step that looks at its loss once more."""
-    mean_loss = Trainer._mean_loss
+    backward = DeepSpeedEngine.backward
 
-    def looking(trainer: Trainer, batch: dict[str, Tensor]) -> Tensor:
-        loss = mean_loss(trainer, batch)
+    def looking(engine: DeepSpeedEngine, loss: Tensor, **options: Any) -> Any:
         loss.item()
-        return loss
+        return backward(engine, loss, **options)
 
-    Trainer._mean_loss = looking  # type: ignore[method-assign]
+    DeepSpeedEngine.backward = looking
     try:
         count, _ = plain_step(settings)
     finally:
-        Trainer._mean_loss = mean_loss  # type: ignore[method-assign]
+        DeepSpeedEngine.backward = backward
     return Counter({cause: number for (_, cause), number in count.waits.items()})
