@@ -29,8 +29,8 @@ to 2 %. Lower them with every step that becomes smaller."""
 
 SMALL = [
     "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=32",
-    "train.micro_batch=2", "train.global_batch=4", "train.validate_every=2", "train.validation_sequences=4",
-    "train.log_every=1", "checkpoint.every=2", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
+    "train.micro_batch=2", "train.global_batch=2", "train.validate_every=4", "train.validation_sequences=2",
+    "train.log_every=1", "checkpoint.every=4", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
     "rank.initial=4", "rank.quantum=2", "rank.stop_step=5", "rank.buffer=2", "rank.probe=2", "guard.hang_seconds=0",
 ]  # fmt: skip
 SCHEDULE = ["rank.stop_step=null", "rank.events=[{step: 3, rank: 8}]"]
@@ -41,24 +41,29 @@ BF16, FP16, FP32 = (["train.precision=" + name] for name in ("bf16", "fp16", "fp
 FACTORS, LAYERS = ["train.recompute=factors"], ["train.recompute=layers"]
 DOCUMENTS, OFFLOAD, TRACK = ["data.within_documents=true"], ["deepspeed.offload_optimizer=true"], ["rank.track=true"]
 ZERO = {stage: [f"deepspeed.stage={stage}"] for stage in range(4)}
-RESUMED, STRAIGHT = [4, 5], [5]
+RESUMED, STRAIGHT = [4, 5], [4]
+ONE_LAYER, TWO_MICRO_STEPS = ["model.layers=1"], ["train.global_batch=4"]
 
 RUNS: dict[str, tuple[int, list[int], list[str]]] = {
     "schedule": (
-        1, RESUMED, [*SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, "checkpoint.background=true"],
+        1, RESUMED, [
+            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, *TWO_MICRO_STEPS, "checkpoint.background=true",
+        ],
     ),
     "gradient": (1, RESUMED, [*GPT2, *GRADIENT, *ZERO[3], *BF16, *LAYERS, "model.hidden_dropout=0.1"]),
-    "additive": (1, STRAIGHT, [*GRADIENT, *ZERO[2], *FP16, *OFFLOAD, "model.parametrization=additive"]),
+    "additive": (1, STRAIGHT, [*GRADIENT, *ZERO[2], *FP16, *OFFLOAD, *ONE_LAYER, "model.parametrization=additive"]),
     "excess": (
-        1, STRAIGHT, [*GPT2, *EXCESS, *ZERO[2], *BF16, *TRACK, "rank.truncate=0.01", "model.factored_layers=mlp"],
+        1, STRAIGHT, [
+            *GPT2, *EXCESS, *ZERO[2], *BF16, *TRACK, *ONE_LAYER, "rank.truncate=0.01", "model.factored_layers=mlp",
+        ],
     ),
-    "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, "train.objective=mlm"]),
+    "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, *ONE_LAYER, "train.objective=mlm"]),
     "dense": (1, STRAIGHT, [*GPT2, *DENSE, *ZERO[3], *FP16, *OFFLOAD, *LAYERS, *TRACK, "model.attention_dropout=0.1"]),
     "tensor": (2, STRAIGHT, [*GPT2, *SCHEDULE, *ZERO[2], *BF16, *FACTORS, "parallel.tensor=2"]),
-    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, "model.query_groups=2"]),
+    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, *TWO_MICRO_STEPS, "model.query_groups=2"]),
 }  # fmt: skip
 """Processes, steps between which the run stops and resumes, settings. Every policy, stage, precision, parametrization
-and recomputation is there."""
+and recomputation is there. `data` has one micro-step of two processes."""
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """What workers do on a pretended GPU: whole training runs, and the tools on what came out of them."""
 
+import gc
 import importlib
+import os
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
@@ -42,12 +44,18 @@ def plain_step(settings: list[str]) -> tuple[Count, list[str]]:
 
 
 def problems_of_tool(name: str, flags: list[str]) -> tuple[list[str], str]:
-    """Runs `tools/NAME.py` with command line `flags`; what a GPU would have refused, and what the tool printed."""
+    """Runs `tools/NAME.py` with command line `flags`, alone and without a process group as from a shell; what a GPU
+    would have refused, and what the tool printed."""
+    dist.destroy_process_group()
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(variable)
     said = StringIO()
     tool: Any = importlib.import_module(f"tools.{name}")
     sys.argv = [f"{name}.py", *flags]
     with PretendedCuda() as gpu, redirect_stdout(said):
         tool.main()
+    for engine in [thing for thing in gc.get_objects() if isinstance(thing, DeepSpeedEngine)]:
+        engine.module = None  # its process group is gone, and nothing of it can be torn down any more
     return sorted(gpu.problems), said.getvalue()
 
 
