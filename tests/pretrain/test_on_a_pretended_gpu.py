@@ -42,12 +42,12 @@ FACTORS, LAYERS = ["train.recompute=factors"], ["train.recompute=layers"]
 DOCUMENTS, OFFLOAD, TRACK = ["data.within_documents=true"], ["deepspeed.offload_optimizer=true"], ["rank.track=true"]
 ZERO = {stage: [f"deepspeed.stage={stage}"] for stage in range(4)}
 RESUMED, STRAIGHT = [4, 5], [4]
-ONE_LAYER, TWO_MICRO_STEPS = ["model.layers=1"], ["train.global_batch=4"]
+ONE_LAYER, FOUR_SEQUENCES = ["model.layers=1"], ["train.global_batch=4"]
 
 RUNS: dict[str, tuple[int, list[int], list[str]]] = {
     "schedule": (
         1, RESUMED, [
-            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, *TWO_MICRO_STEPS, "checkpoint.background=true",
+            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, *FOUR_SEQUENCES, "checkpoint.background=true",
         ],
     ),
     "gradient": (1, RESUMED, [*GPT2, *GRADIENT, *ZERO[3], *BF16, *LAYERS, "model.hidden_dropout=0.1"]),
@@ -60,10 +60,10 @@ RUNS: dict[str, tuple[int, list[int], list[str]]] = {
     "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, *ONE_LAYER, "train.objective=mlm"]),
     "dense": (1, STRAIGHT, [*GPT2, *DENSE, *ZERO[3], *FP16, *OFFLOAD, *LAYERS, *TRACK, "model.attention_dropout=0.1"]),
     "tensor": (2, STRAIGHT, [*GPT2, *SCHEDULE, *ZERO[2], *BF16, *FACTORS, "parallel.tensor=2"]),
-    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, *TWO_MICRO_STEPS, "model.query_groups=2"]),
+    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, "model.query_groups=2"]),
 }  # fmt: skip
 """Processes, steps between which the run stops and resumes, settings. Every policy, stage, precision, parametrization
-and recomputation is there. `data` has one micro-step of two processes."""
+and recomputation is there. Steps have two sequences, a micro-step, or four."""
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,8 @@ def problems_of_tool(name: str, flags: list[str]) -> tuple[list[str], str]:
     with PretendedCuda() as gpu, redirect_stdout(said):
         tool.main()
     for engine in [thing for thing in gc.get_objects() if isinstance(thing, DeepSpeedEngine)]:
-        engine.module = None  # its process group is gone, and nothing of it can be torn down any more
+        vars(engine).clear()  # its process group is gone, and nothing of it can be torn down any more
+        engine.module = None
     return sorted(gpu.problems), said.getvalue()
 
 
