@@ -127,8 +127,8 @@ def test_tools_take_what_came_out(pretending: WorkerPool, corpus: list[str], tmp
 def test_benchmarks_run(pretending: WorkerPool) -> None:
     step = ["--layers", "1", "--hidden", "64", "--heads", "4", "--sequence", "16", "--vocabulary", "500"]
     step += ["--micro-batch", "1", "--warm-up", "1", "--repeats", "1"]  # no profile, whose events CUDA itself records
-    growth = ["--hidden", "64", "--layers", "1", "--width", "64", "--vocabulary", "500", "--sequence", "16"]
-    growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--precision", "bf16"]
+    growth = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16"]
+    growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--only", "spectra", "events"]
     for tool, flags in (("benchmark_step", step), ("benchmark_augmentation", growth)):
         ((problems, output),) = pretending.run(problems_of_tool, 1, 300.0, (tool, flags), {})
         assert problems == [], tool
