@@ -29,7 +29,7 @@ def _case(stage: int, recompute: str, dropout: bool) -> dict[str, dict[str, Any]
     return {"model": model, "train": {"recompute": recompute}, "deepspeed": {"stage": stage}, "rank": GROWING}
 
 
-CASES = {
+CASES: dict[str, dict[str, dict[str, Any]]] = {
     "zero_1_dropout": _case(1, "none", True),
     "zero_2_factors": _case(2, "factors", True),
     "zero_3_layers": _case(3, "layers", False),

@@ -29,8 +29,8 @@ to 2 %. Lower them with every step that becomes smaller."""
 
 SMALL = [
     "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=32",
-    "train.micro_batch=2", "train.global_batch=4", "train.validate_every=2", "train.validation_sequences=4",
-    "train.log_every=1", "checkpoint.every=2", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
+    "train.micro_batch=2", "train.global_batch=2", "train.validate_every=4", "train.validation_sequences=2",
+    "train.log_every=1", "checkpoint.every=4", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
     "rank.initial=4", "rank.quantum=2", "rank.stop_step=5", "rank.buffer=2", "rank.probe=2", "guard.hang_seconds=0",
 ]  # fmt: skip
 SCHEDULE = ["rank.stop_step=null", "rank.events=[{step: 3, rank: 8}]"]
@@ -41,24 +41,29 @@ BF16, FP16, FP32 = (["train.precision=" + name] for name in ("bf16", "fp16", "fp
 FACTORS, LAYERS = ["train.recompute=factors"], ["train.recompute=layers"]
 DOCUMENTS, OFFLOAD, TRACK = ["data.within_documents=true"], ["deepspeed.offload_optimizer=true"], ["rank.track=true"]
 ZERO = {stage: [f"deepspeed.stage={stage}"] for stage in range(4)}
-RESUMED, STRAIGHT = [4, 5], [5]
+RESUMED, STRAIGHT = [4, 5], [4]
+ONE_LAYER, FOUR_SEQUENCES = ["model.layers=1"], ["train.global_batch=4"]
 
 RUNS: dict[str, tuple[int, list[int], list[str]]] = {
     "schedule": (
-        1, RESUMED, [*SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, "checkpoint.background=true"],
+        1, RESUMED, [
+            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, *FOUR_SEQUENCES, "checkpoint.background=true",
+        ],
     ),
     "gradient": (1, RESUMED, [*GPT2, *GRADIENT, *ZERO[3], *BF16, *LAYERS, "model.hidden_dropout=0.1"]),
-    "additive": (1, STRAIGHT, [*GRADIENT, *ZERO[2], *FP16, *OFFLOAD, "model.parametrization=additive"]),
+    "additive": (1, STRAIGHT, [*GRADIENT, *ZERO[2], *FP16, *OFFLOAD, *ONE_LAYER, "model.parametrization=additive"]),
     "excess": (
-        1, STRAIGHT, [*GPT2, *EXCESS, *ZERO[2], *BF16, *TRACK, "rank.truncate=0.01", "model.factored_layers=mlp"],
+        1, STRAIGHT, [
+            *GPT2, *EXCESS, *ZERO[2], *BF16, *TRACK, *ONE_LAYER, "rank.truncate=0.01", "model.factored_layers=mlp",
+        ],
     ),
-    "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, "train.objective=mlm"]),
+    "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, *ONE_LAYER, "train.objective=mlm"]),
     "dense": (1, STRAIGHT, [*GPT2, *DENSE, *ZERO[3], *FP16, *OFFLOAD, *LAYERS, *TRACK, "model.attention_dropout=0.1"]),
     "tensor": (2, STRAIGHT, [*GPT2, *SCHEDULE, *ZERO[2], *BF16, *FACTORS, "parallel.tensor=2"]),
-    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, "model.query_groups=2"]),
+    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, "model.query_groups=2"]),
 }  # fmt: skip
 """Processes, steps between which the run stops and resumes, settings. Every policy, stage, precision, parametrization
-and recomputation is there."""
+and recomputation is there. Steps have two sequences, a micro-step, or four."""
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +127,8 @@ def test_tools_take_what_came_out(pretending: WorkerPool, corpus: list[str], tmp
 def test_benchmarks_run(pretending: WorkerPool) -> None:
     step = ["--layers", "1", "--hidden", "64", "--heads", "4", "--sequence", "16", "--vocabulary", "500"]
     step += ["--micro-batch", "1", "--warm-up", "1", "--repeats", "1"]  # no profile, whose events CUDA itself records
-    growth = ["--hidden", "64", "--layers", "1", "--width", "64", "--vocabulary", "500", "--sequence", "16"]
-    growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--precision", "bf16"]
+    growth = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16"]
+    growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--only", "spectra", "events"]
     for tool, flags in (("benchmark_step", step), ("benchmark_augmentation", growth)):
         ((problems, output),) = pretending.run(problems_of_tool, 1, 300.0, (tool, flags), {})
         assert problems == [], tool

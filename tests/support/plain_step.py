@@ -41,9 +41,9 @@ def count_plain_step(config: Any, gpu: Any, processes: int, step: int = PLAIN_ST
     at_beginning: dict[int, Count] = {}
     train_step = Trainer.train_step
 
-    def counted(trainer: Trainer) -> Any:
+    def counted(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         at_beginning[trainer.state.step] = gpu.count()
-        return train_step(trainer)
+        return train_step(trainer, *args, **kwargs)
 
     Trainer.train_step = counted  # type: ignore[assignment,method-assign]
     try:

@@ -1,6 +1,8 @@
 """What workers do on a pretended GPU: whole training runs, and the tools on what came out of them."""
 
+import gc
 import importlib
+import os
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
@@ -8,13 +10,13 @@ from io import StringIO
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.config import load_config
 from pretrain.engine import tear_down
 from pretrain.train import run_training
-from pretrain.trainer import Trainer
 from tests.support.device_ledger import Count
 from tests.support.plain_step import count_plain_step
 from tests.support.pretended_cuda import PretendedCuda
@@ -42,27 +44,33 @@ def plain_step(settings: list[str]) -> tuple[Count, list[str]]:
 
 
 def problems_of_tool(name: str, flags: list[str]) -> tuple[list[str], str]:
-    """Runs `tools/NAME.py` with command line `flags`; what a GPU would have refused, and what the tool printed."""
+    """Runs `tools/NAME.py` with command line `flags`, alone and without a process group as from a shell; what a GPU
+    would have refused, and what the tool printed."""
+    dist.destroy_process_group()
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(variable)
     said = StringIO()
     tool: Any = importlib.import_module(f"tools.{name}")
     sys.argv = [f"{name}.py", *flags]
     with PretendedCuda() as gpu, redirect_stdout(said):
         tool.main()
+    for engine in [thing for thing in gc.get_objects() if isinstance(thing, DeepSpeedEngine)]:
+        vars(engine).clear()  # its process group is gone, and nothing of it can be torn down any more
+        engine.module = None
     return sorted(gpu.problems), said.getvalue()
 
 
 def waits_with_planted_read(settings: list[str]) -> Counter[str]:
     """Causes of the host waits of a plain step that looks at its loss once more."""
-    mean_loss = Trainer._mean_loss
+    backward = DeepSpeedEngine.backward
 
-    def looking(trainer: Trainer, batch: dict[str, Tensor]) -> Tensor:
-        loss = mean_loss(trainer, batch)
+    def looking(engine: DeepSpeedEngine, loss: Tensor, **options: Any) -> Any:
         loss.item()
-        return loss
+        return backward(engine, loss, **options)
 
-    Trainer._mean_loss = looking  # type: ignore[method-assign]
+    DeepSpeedEngine.backward = looking
     try:
         count, _ = plain_step(settings)
     finally:
-        Trainer._mean_loss = mean_loss  # type: ignore[method-assign]
+        DeepSpeedEngine.backward = backward
     return Counter({cause: number for (_, cause), number in count.waits.items()})
