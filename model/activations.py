@@ -3,7 +3,8 @@
 What layers keep is `model/arithmetic.py`'s business. With T tokens, p tensor-parallel processes, e bytes a number,
 hidden h, the rest is the gathered input of the output layer T·h·e, the softmax of the loss T·vocabulary/p·4 (on a GPU
 with p = 1 the gradient of the logits, T·vocabulary·e: `model/cross_entropy.py`), the last norm, and on a CPU the
-embedding's dropout mask. A CPU keeps what was counted (`tests/model/test_activations.py`); CUDA's fused norms keep less.
+embedding's dropout mask. A CPU keeps what was counted (`tests/model/test_activations.py`); CUDA's fused norms keep
+less.
 """
 
 from collections.abc import Mapping
