@@ -9,6 +9,7 @@ without it: Triton compiles for a GPU that is not there.
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,13 @@ from torch import Tensor
 Difference = dict[str, float]
 
 
-def _differences(
-    kernel: Callable[..., object], plain: Callable[..., object], leaves: Sequence[Tensor], views: Callable = tuple
-) -> Difference:
-    """Of results and gradients of all `leaves` that are differentiable, as the largest relative norm."""
+def _differences(kernel: Callable[..., Any], plain: Callable[..., Any], leaves: Sequence[Tensor]) -> Difference:
+    """Of results and of the gradients of all `leaves` that have entries."""
     found = []
     for function in (kernel, plain):
         own = [leaf.clone().requires_grad_(leaf.numel() > 0) for leaf in leaves]
-        results = function(*views(own))
-        results = results if isinstance(results, tuple) else (results,)
+        result = function(*own)
+        results: tuple[Tensor, ...] = result if isinstance(result, tuple) else (result,)
         generator = torch.Generator().manual_seed(5)
         outer = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
         torch.autograd.backward(results, outer)
@@ -62,8 +61,8 @@ def _norm_cases() -> dict[str, Difference]:
                     [shard],
                 )
                 cases[f"scale {name}"] = _differences(
-                    lambda *tensors: fused_scale(*tensors, 1e-5),
-                    lambda *tensors: scaled(*tensors, 1e-5),
+                    lambda product, statistics, rows: fused_scale(product, statistics, rows, 1e-5),
+                    lambda product, statistics, rows: scaled(product, statistics, rows, 1e-5),
                     [product, statistics, rows],
                 )
     return cases
@@ -71,9 +70,6 @@ def _norm_cases() -> dict[str, Difference]:
 
 def _pointwise_cases() -> dict[str, Difference]:
     from model import pointwise_kernels, rotary, swiglu
-
-    class Turn(rotary._Turn):
-        """The function with the kernel in the place of its operators."""
 
     cases = {}
     generator = torch.Generator().manual_seed(4)
@@ -114,8 +110,8 @@ def compile_for_gpus() -> None:
 
     from model import norm_kernels, pointwise_kernels
 
-    product = {"CENTRES": True, "PROCESSES": 2, "TOKENS": 16, "COLUMNS": 128}
-    constants: dict[object, dict[str, object]] = {
+    product: dict[str, Any] = {"CENTRES": True, "PROCESSES": 2, "TOKENS": 16, "COLUMNS": 128}
+    constants: dict[Any, dict[str, Any]] = {
         norm_kernels._statistics: {"CENTRES": True, "WIDTH": 1024},
         norm_kernels._statistics_gradient: {"CENTRES": True, "WIDTH": 1024},
         norm_kernels._scaled: product,
@@ -127,7 +123,7 @@ def compile_for_gpus() -> None:
     numbers = ("width", "tokens", "rank", "batch", "heads", "groups", "half", "_seq", "_batch", "_head")
     for kernel, fixed in constants.items():
         signature = {}
-        for name in kernel.arg_names:  # type: ignore[attr-defined]
+        for name in kernel.arg_names:
             if name in fixed:
                 signature[name] = "constexpr"
             elif name == "epsilon":
