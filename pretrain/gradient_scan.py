@@ -38,7 +38,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from model.process_groups import device, tensor_index
+from model.process_groups import data_size, device, tensor_index
 
 TIMERS_OFF = {"timers": {"throughput": {"enabled": False}}}
 """Part of DeepSpeed's config."""
@@ -69,7 +69,8 @@ def squared_norm(engine: DeepSpeedEngine) -> Tensor:
     if isinstance(engine.optimizer, _Scanned):
         return engine.optimizer.squared_norm()
     held = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    return _share(list_norms([parameter.grad for parameter in held]), held)
+    share = _share(list_norms([parameter.grad for parameter in held]), held)
+    return share / data_size()  # all data-parallel processes have the same gradients
 
 
 def tell_squared_norm(engine: DeepSpeedEngine, summed: float) -> None:

@@ -74,6 +74,7 @@ def _with(gradient: Tensor, value: float) -> Tensor:
         (1, Case(0), {}),
         (1, Case(1, "bf16"), {1: (0, SHARDED, math.nan)}),
         (1, Case(3, "fp16", accumulation=2), {1: (0, SHARDED, math.inf)}),
+        (2, Case(0), {}),
         (2, Case(0, tensor=2), {}),
         (2, Case(1, "fp32", accumulation=2), PLANTED),
         (2, Case(1, "bf16", tensor=2), PLANTED),
