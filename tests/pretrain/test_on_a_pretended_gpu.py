@@ -28,7 +28,7 @@ KERNELS_OF_PLAIN_STEP = {
 to 2 %. Lower them with every step that becomes smaller."""
 
 SMALL = [
-    "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=32",
+    "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=8",
     "train.micro_batch=2", "train.global_batch=2", "train.validate_every=4", "train.validation_sequences=2",
     "train.log_every=1", "checkpoint.every=4", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
     "rank.initial=4", "rank.quantum=2", "rank.stop_step=5", "rank.buffer=2", "rank.probe=2", "guard.hang_seconds=0",
