@@ -165,10 +165,12 @@ class _Opener:
 
 def batch_at(dataset: Any, first_sample: int, micro_batch: int) -> dict[str, Tensor]:
     """The `micro_batch` samples from `first_sample` on: tokens, labels, loss_mask (fp32) and position_ids, each
-    (micro_batch, sequence_length), and document_bounds (documents + 1,)."""
+    (micro_batch, sequence_length), and within documents document_bounds (documents + 1,)."""
     samples = [dataset[index] for index in range(first_sample, first_sample + micro_batch)]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in BATCH_KEYS}
-    return batch | {"document_bounds": document_bounds(batch["position_ids"])}
+    if "document_starts" in samples[0]:
+        batch["document_bounds"] = document_bounds(torch.stack([sample["document_starts"] for sample in samples]))
+    return batch
 
 
 def micro_batch_start(consumed_samples: int, micro_step: int, micro_batch: int, data_index: int, data_size: int) -> int:

@@ -22,7 +22,7 @@ NUMBER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 class WithinDocuments:
-    """The samples of a `GPTDataset` with positions that begin anew at every document."""
+    """The samples of a `GPTDataset` with positions that begin anew at every document, and where they do."""
 
     def __init__(self, samples: Any, end_of_document: int) -> None:
         self._samples, self._end = samples, end_of_document
@@ -31,9 +31,11 @@ class WithinDocuments:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Sample `index`: tokens, labels, loss_mask (fp32) and position_ids, each (sequence_length,)."""
+        """Sample `index`: tokens, labels, loss_mask (fp32), position_ids and document_starts (bool), each
+        (sequence_length,)."""
         sample = self._samples[index]
-        return {**sample, "position_ids": positions_within(sample["tokens"], self._end)}
+        positions = positions_within(sample["tokens"], self._end)
+        return {**sample, "position_ids": positions, "document_starts": positions == 0}
 
 
 def positions_within(tokens: Tensor, end_of_document: int) -> Tensor:
@@ -43,11 +45,11 @@ def positions_within(tokens: Tensor, end_of_document: int) -> Tensor:
     return places - starts.cummax(-1).values
 
 
-def document_bounds(positions: Tensor) -> Tensor:
+def document_bounds(starts: Tensor) -> Tensor:
     """Where in all tokens of a batch documents begin, and where the last one ends: int32 `(documents + 1,)`, from
-    `positions (batch, seq)`. On the host, for a device would have to be waited for: their number varies."""
-    starts = (positions.flatten() == 0).nonzero().flatten()
-    return torch.cat([starts, torch.tensor([positions.numel()])]).int()
+    `starts (batch, seq)`, true where one begins. On the host, for a device would have to be waited for: their number
+    varies."""
+    return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])]).int()
 
 
 def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:

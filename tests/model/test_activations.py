@@ -46,7 +46,7 @@ def _saved_bytes(configs: list[ModelConfig], dtype: torch.dtype, tensor: int, wi
                 positions = positions_within(tokens, END)
                 mask = outside_mask(positions, dtype, causal=True)
                 if within_documents == "bounds":
-                    mask = document_bounds(positions)
+                    mask = document_bounds(positions == 0)
             model(tokens, positions, mask, labels=labels).mean()
         storages = {values.untyped_storage().data_ptr(): values.untyped_storage().nbytes() for values in kept}
         totals.append(sum(size for place, size in storages.items() if place not in own))

@@ -29,7 +29,7 @@ def test_bounds_are_where_the_mask_changes() -> None:
     tokens = torch.ones(3, 12, dtype=torch.int64)
     tokens[0, [3, 4, 9]] = tokens[1, [0, 11]] = END
     positions = positions_within(tokens, END)
-    bounds = document_bounds(positions)
+    bounds = document_bounds(positions == 0)
     assert bounds.dtype == torch.int32
     assert bounds.tolist() == [0, 3, 4, 9, 12, 23, 24, 36]
     seen = outside_mask(positions, torch.float32, causal=False).eq(0.0).squeeze(1)
@@ -43,7 +43,7 @@ def _losses_and_gradients(config: ModelConfig, recompute: Recompute, by_bounds: 
         tokens, labels = _documents(config)
         positions = positions_within(tokens, END)
         mask = outside_mask(positions, torch.float32, causal=not config.bidirectional)
-        losses = model(tokens, positions, document_bounds(positions) if by_bounds else mask, labels=labels)
+        losses = model(tokens, positions, document_bounds(positions == 0) if by_bounds else mask, labels=labels)
         losses.mean().backward()
         found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {"losses": losses.detach()} | found

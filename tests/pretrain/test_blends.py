@@ -139,16 +139,17 @@ def test_mask_hides_other_documents_and_the_future() -> None:
 
 
 def test_samples_within_documents(files: SmallCorpus, tmp_path: Path) -> None:
-    (positions,) = run(train_positions, 1, data_of(files, within_documents=True), tmp_path)
-    tokens, found = positions
+    (places,) = run(train_positions, 1, data_of(files, within_documents=True), tmp_path)
+    tokens, found, bounds = places
     ends = tokens == files.tokenizer.end_of_document
     assert ends.any()
     assert torch.equal((found == 0)[:, 1:], ends[:, 1:])
+    assert bounds.tolist() == [*(found.flatten() == 0).nonzero().flatten().tolist(), found.numel()]
 
 
-def train_positions(data: DataConfig, cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def train_positions(data: DataConfig, cache: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch = batch_at(open_in_process(data, cache).train, 0, SAMPLES)
-    return batch["tokens"], batch["position_ids"]
+    return batch["tokens"], batch["position_ids"], batch["document_bounds"]
 
 
 def test_within_documents_needs_their_ends(files: SmallCorpus, tmp_path: Path) -> None:
