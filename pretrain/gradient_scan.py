@@ -26,6 +26,7 @@ does under ZeRO 1 and 2; under ZeRO 3 it would still step. Experts (MoE) and Muo
 here.
 """
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -140,15 +141,17 @@ class _Scanned:
         self.told = None
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        return not self._norm().isfinite()
+        assert self.told is not None
+        return not 0.0 <= self.told <= torch.finfo(torch.float32).max
 
     def _norm(self) -> Tensor:
         assert self.told is not None
         return norm_of(self.told)
 
-    def _leaves_as_is(self, total_norm: Tensor) -> bool:
+    def _leaves_as_is(self) -> bool:
         """Whether `unscale_and_clip_grads` would multiply by 1."""
-        clipped = self.clip_grad > 0 and (total_norm + 1e-6) / self.clip_grad > 1.0
+        assert self.told is not None
+        clipped = self.clip_grad > 0 and (math.sqrt(self.told) + 1e-6) / self.clip_grad > 1.0
         return self.loss_scale == 1.0 and not clipped
 
 
@@ -167,7 +170,7 @@ class _Stage1And2(_Scanned, DeepSpeedZeroOptimizer):
         return self._norm()
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-        if not self._leaves_as_is(total_norm):
+        if not self._leaves_as_is():
             super().unscale_and_clip_grads(grad_groups_flat, total_norm)
 
     def set_norm_for_param_grad_in_gpu(self, param: Tensor) -> None:
@@ -196,7 +199,7 @@ class _Stage3(_Scanned, DeepSpeedZeroOptimizer_Stage3):
         return [self._norm()]
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        if not self._leaves_as_is(total_norm):
+        if not self._leaves_as_is():
             super().unscale_and_clip_grads(sub_group_id, total_norm)
 
     def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 250000000) -> Tensor:

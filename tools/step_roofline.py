@@ -5,8 +5,8 @@
     python tools/step_roofline.py --layers 2 --hidden 64 --heads 4 --sequence 64 --vocabulary 500 --batch 2
     python tools/step_roofline.py --detail 30                                          (the dearest operators)
 
-A step is forward, loss, backward, and DeepSpeed's `engine.step()` with its overflow scan, clipping and AdamW, all of
-them the product's own code on fake tensors (`tools/operator_costs.py`, which says what is assumed). The step counted
+A step is forward, loss, backward, the look at all gradients, and DeepSpeed's `engine.step()` with AdamW, all of them
+the product's own code on fake tensors (`tools/operator_costs.py`, which says what is assumed). The step counted
 is the second one, when the optimizer has its state.
 
 All layers are alike, so models of one and of two layers are counted, whose difference is a layer:
@@ -34,6 +34,7 @@ from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_dict
 from pretrain.engine import build_engine, tear_down
 from pretrain.errors import ConfigError, run_command
+from pretrain.gradient_scan import squared_norm, tell_squared_norm
 from pretrain.run_folder import git_revision, installed_versions, json_text, replace_text
 from tools.arguments import output_file, positive
 from tools.operator_costs import (
@@ -107,6 +108,8 @@ def count_step(config: RunConfig) -> CountedStep:
             counter.phase = None if step == 1 else "backward"
             engine.backward(loss)
             counter.phase = None if step == 1 else "optimizer"
+            squared_norm(engine)
+            tell_squared_norm(engine, 1.0)  # what the trainer reads and tells, for fake gradients have no norm
             engine.step()
         counter.phase = None
         parameters = sum(parameter.numel() for parameter in model.parameters())

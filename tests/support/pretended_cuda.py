@@ -25,6 +25,7 @@ from tests.support.cuda_answers import answers
 from tests.support.device_ledger import Count
 from tests.support.device_marks import Marks
 from tests.support.device_modes import Functions, Operators, Pretence
+from tests.varlen_attention import provide
 
 
 class PretendedCuda:
@@ -35,6 +36,7 @@ class PretendedCuda:
         self._stack = ExitStack()
 
     def __enter__(self) -> "PretendedCuda":
+        provide()
         functions = Functions(self._pretence)
         with ExitStack() as stack:
             stack.enter_context(answers(self._pretence, functions))
