@@ -115,7 +115,8 @@ def _leave_group() -> None:
 
     from pretrain.engine import tear_down
 
-    for engine in [thing for thing in gc.get_objects() if isinstance(thing, DeepSpeedEngine) and thing.module]:
+    # By its own type: a dead proxy (torch.compile leaves some behind) raises when it is asked for its class.
+    for engine in [thing for thing in gc.get_objects() if issubclass(type(thing), DeepSpeedEngine) and thing.module]:
         tear_down(engine)
     gc.collect()
     if parallel_state.model_parallel_is_initialized():
