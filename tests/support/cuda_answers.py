@@ -48,6 +48,7 @@ def answers(pretence: Pretence, functions: Functions) -> Iterator[None]:
         replace(torch, Generator=Generator)
         replace(Tensor, record_stream=_nothing)  # which takes a stream of torch's own and no other
         replace(dist, init_process_group=_with_gloo(dist.init_process_group), new_group=_with_gloo(dist.new_group))
+        replace(dist, is_nccl_available=lambda: True)
         # Objects travel through NCCL in device memory.
         replace(distributed_c10d, _get_object_coll_device=lambda group=None: "cuda")
         replace(interpreter.GridExecutor, __call__=_launch(interpreter.GridExecutor.__call__, pretence))
