@@ -30,7 +30,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
-        "torch>=2.10",
+        "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5",
         "xxhash>=3.5",

@@ -22,16 +22,19 @@ HOPPER = 9
 """Its compute capability."""
 
 
-@cache
-def _prefer_fast_kernels(place: int) -> AbstractContextManager:
-    """Has torch try a GPU's kernels in the order of their speed, each for what those before it do not take.
+def prefer_fast_kernels() -> None:
+    """Has torch try this process's GPU's kernels in the order of their speed, each for what those before it do not
+    take; cuDNN's, whose backward pass adds in any order (torch 2.13), not where algorithms are to be deterministic."""
+    hopper = torch.cuda.get_device_capability()[0] == HOPPER
+    _prefer(hopper and not torch.are_deterministic_algorithms_enabled())
 
-    From the first call on and for the whole process, as long as the result lives: to enter and leave this in every
-    layer would take a tenth of a millisecond each time.
-    """
-    hopper = torch.cuda.get_device_capability(place)[0] == HOPPER
+
+@cache
+def _prefer(cudnn: bool) -> AbstractContextManager:
+    """Entered for good, and alive as long as it is remembered: to enter and leave it in every layer would take a tenth
+    of a millisecond each time, and break the graph of a compiled one."""
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    preference = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others] if hopper else others, set_priority=True)
+    preference = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others] if cudnn else others, set_priority=True)
     preference.__enter__()
     return preference
 
@@ -114,8 +117,6 @@ class ScaledDotProductAttention(nn.Module):
         return context.unflatten(0, (samples, length)).transpose(0, 1).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        if query.is_cuda:
-            _prefer_fast_kernels(query.get_device())
         return nn.functional.scaled_dot_product_attention(
             query,
             key,

@@ -28,7 +28,8 @@ def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "i
     torch.fx.experimental._config.use_duck_shape = False  # else ranks that are equal by chance must stay so
     for layer in layers:
         for module in layer.modules():
-            if isinstance(module, FactoredLinear):
+            # torch makes a constant of a rank of 1, and refuses the mark.
+            if isinstance(module, FactoredLinear) and module.rank > 1:
                 torch._dynamo.mark_dynamic(module.A, 0)
                 torch._dynamo.mark_dynamic(module.B, 1)
         layer.compile(backend=backend)

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from model.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParallelLinear
-from model.attention import ScaledDotProductAttention
+from model.attention import ScaledDotProductAttention, prefer_fast_kernels
 from model.collectives import all_gathered
 from model.config import ModelConfig, Projection, Recompute, check_recompute, factored_projections, projections
 from model.cross_entropy import HiddenPadding, split_vocabulary_losses, whole_vocabulary_losses
@@ -175,6 +175,8 @@ class EspalierModel(GPTModel):
 
     def __init__(self, config: ModelConfig, ranks: Mapping[str, int], seed: int, recompute: Recompute) -> None:
         counter = DropoutCounter(seed)
+        if torch.cuda.is_available():
+            prefer_fast_kernels()
         super().__init__(
             config=_transformer_config(config),
             transformer_layer_spec=_LayerSpecs(config, ranks, counter, recompute).block(),

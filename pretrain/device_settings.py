@@ -37,6 +37,7 @@ def settle_device(config: RunConfig | None) -> None:
     if "DEEPSPEED_TIMEOUT" in os.environ:
         _warn("DEEPSPEED_TIMEOUT is not read: how long processes wait for each other follows from guard.hang_seconds")
     if config is None:
+        settle_arithmetic(deterministic=False, tf32=False)
         return
     if config.parallel.tensor > 1:
         start_kernels_in_order()

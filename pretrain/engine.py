@@ -33,9 +33,15 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
     return [group for group in groups if group["params"]]
 
 
-def build_engine(model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
+def build_engine(
+    model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], *, compiled: bool = False
+) -> DeepSpeedEngine:
     """An engine around `model`; its optimizer is torch's fused AdamW, the learning rate is set by the caller each
     step."""
+    if compiled:
+        from model.compilation import compile_layers  # which loads the compiler
+
+        compile_layers(model.decoder.layers)
     stage = deepspeed_config["zero_optimization"]["stage"]
     if stage == 3:
         partition(model, _precision(deepspeed_config))

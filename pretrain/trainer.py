@@ -89,11 +89,12 @@ class Trainer:
         return self.engine.module
 
     def _new_engine(self, model: EspalierModel) -> DeepSpeedEngine:
-        if self.config.train.compile:
-            from model.compilation import compile_layers  # which loads the compiler
-
-            compile_layers(model.decoder.layers)
-        return build_engine(model, self.config.optimizer, deepspeed_dict(self.config, self.layout))
+        return build_engine(
+            model,
+            self.config.optimizer,
+            deepspeed_dict(self.config, self.layout),
+            compiled=self.config.train.compile,
+        )
 
     # Steps ------------------------------------------------------------------------------------------------------------
 

@@ -146,11 +146,13 @@ sys.exit("error: a resumed run has other losses" if not worst < 1e-2 else 0)
 step() { # name, limit, flags ... : step benchmark
     local name="$1" limit="$2"
     shift 2
+    rm -f "$out/$name.json"
     part "$name" "$limit" "$python" tools/benchmark_step.py --contestants dense factored "$@" --json "$out/$name.json"
 }
 train() { # name, limit, run, settings ...
     local name="$1" limit="$2" run="$3"
     shift 3
+    [[ "$name" == *_resumed ]] || rm -rf "${work:?}/$run" # of an earlier trial: a run that is complete is left as it is
     part "$name" "$limit" "$python" pretrain/train.py --config configs/quickstart.yaml "run.folder=$work/$run" \
         "data.prefix=$work/text" "data.tokenizer=$work/text.model" train.precision=bf16 "$@"
 }

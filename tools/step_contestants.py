@@ -26,10 +26,12 @@ from model.config import ModelConfig, Projection, projections
 from model.factored_linear import FactoredLinear
 from model.gpt import EspalierModel, build_model
 from model.process_groups import device
+from pretrain.agreement import NO_FLAGS, agree
 from pretrain.config import RunConfig, parse_config
 from pretrain.config_file import merge, parse_override
 from pretrain.deepspeed_config import deepspeed_dict
-from pretrain.engine import build_engine, gradient_norm
+from pretrain.engine import build_engine
+from pretrain.gradient_scan import squared_norm, tell_squared_norm
 
 DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS = "dense", "factored", "separate-rank", "separate-parameters"
 NAMES = (DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS)
@@ -98,10 +100,10 @@ class Contestant:
         with torch.profiler.record_function("backward"):
             self.engine.backward(loss)
         with torch.profiler.record_function("optimizer"):
-            if self.engine.zero_optimization_stage() == 0:
-                gradient_norm(self.engine)
+            known = agree(loss.detach(), squared_norm(self.engine), NO_FLAGS)  # waits for the device
+            tell_squared_norm(self.engine, known.squared_norm)
             self.engine.step()
-        return float(loss.detach())  # waits for the device
+        return known.loss
 
 
 def build_contestant(name: str, config: RunConfig) -> Contestant:
@@ -116,7 +118,8 @@ def build_contestant(name: str, config: RunConfig) -> Contestant:
         extra_flops = 6 * (sum(parameter.numel() for parameter in model.parameters()) - before)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = training_flops_per_token(config.model, ranks) + extra_flops
-    engine = build_engine(model, config.optimizer, deepspeed_dict(config, config.layout(1)))
+    settings = deepspeed_dict(config, config.layout(1))
+    engine = build_engine(model, config.optimizer, settings, compiled=config.train.compile)
     return Contestant(
         name=name,
         rank=config.rank.initial if ranks else None,
