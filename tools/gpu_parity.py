@@ -138,7 +138,7 @@ def _expected(dry: bool) -> dict[str, tuple[Tensor, Gradients]]:
         hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, __file__, "--reference", str(file), *(["--dry"] if dry else [])]
         subprocess.run(command, env=hidden, check=True)
-        expected: dict[str, tuple[Tensor, Gradients]] = torch.load(file)
+        expected: dict[str, tuple[Tensor, Gradients]] = torch.load(file, weights_only=True)
         return expected
 
 

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -259,7 +258,7 @@ def _kept_in_backward(mode: _GpuAnswers) -> Iterator[None]:
 @contextmanager
 def _counted_triton(counter: OperatorCounter) -> Iterator[None]:
     try:
-        jit = import_module("triton.runtime.jit")
+        from triton.runtime import jit
     except ImportError:  # then no code uses it
         yield
         return

@@ -51,7 +51,9 @@ def test_it_exists(command: Command) -> None:
 
 
 def options_of(path: Path) -> set[str]:
-    """All strings in a tool, and in modules of tools/ that it imports, that look like options."""
+    """All strings in a tool, and in modules of tools/ it imports, that look like options; all words of a script."""
+    if path.suffix == ".sh":
+        return set(re.findall(r"--[a-z-]+", path.read_text(encoding="utf-8")))
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     found = {value for value in constants if isinstance(value, str) and value.startswith("--")}

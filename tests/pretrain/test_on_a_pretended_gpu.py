@@ -47,7 +47,7 @@ ONE_LAYER, FOUR_SEQUENCES = ["model.layers=1"], ["train.global_batch=4"]
 RUNS: dict[str, tuple[int, list[int], list[str]]] = {
     "schedule": (
         1, RESUMED, [
-            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DROPOUT, *DOCUMENTS, *FOUR_SEQUENCES, "checkpoint.background=true",
+            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, "checkpoint.background=true",
         ],
     ),
     "gradient": (1, RESUMED, [*GPT2, *GRADIENT, *ZERO[3], *BF16, *LAYERS, "model.hidden_dropout=0.1"]),

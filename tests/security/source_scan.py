@@ -84,7 +84,7 @@ class _Scan:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (f"imports {name}" for name in names if _in_forbidden_module(name))
         elif isinstance(node, ast.Name | ast.Attribute):
-            name = self._full_name(node)
+            name = "" if isinstance(node.ctx, ast.Store) else self._full_name(node)  # a field may be called `compile`
             if name in NAMES or _in_forbidden_module(name):
                 yield name
         elif isinstance(node, ast.Call):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tests.support.device_ledger import Count
 
 SETTINGS = [
-    "model.layers=2", "model.hidden=64", "model.heads=4", "model.sequence_length=8", "train.micro_batch=2",
-    "train.global_batch=2", "train.steps=6", "train.validate_every=0", "train.validation_sequences=2",
+    "model.layers=2", "model.hidden=64", "model.heads=4", "model.sequence_length=4", "train.micro_batch=2",
+    "train.global_batch=2", "train.steps=5", "train.validate_every=0", "train.validation_sequences=2",
     "train.precision=bf16", "train.log_every=100", "schedule.warmup_steps=2", "rank.policy=fixed", "rank.initial=16",
     "rank.events=[]", "checkpoint.every=0", "guard.hang_seconds=0", "data.split=80,20,0",
 ]  # fmt: skip
