@@ -258,17 +258,20 @@ def _kept_in_backward(mode: _GpuAnswers) -> Iterator[None]:
 @contextmanager
 def _counted_triton(counter: OperatorCounter) -> Iterator[None]:
     try:
-        from triton.runtime import jit
+        from triton.runtime import interpreter, jit
     except ImportError:  # then no code uses it
         yield
         return
-    run = jit.JITFunction.run
+    kinds = (jit.JITFunction, interpreter.InterpretedFunction)  # the latter where TRITON_INTERPRET asks for it
+    runs = [kind.run for kind in kinds]
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         counter.note_triton(self.fn.__name__, _tensors((args, kwargs)))
 
-    jit.JITFunction.run = counted
+    for kind in kinds:
+        kind.run = counted
     try:
         yield
     finally:
-        jit.JITFunction.run = run
+        for kind, run in zip(kinds, runs, strict=True):
+            kind.run = run

@@ -153,7 +153,7 @@ def test_an_optimizer_on_the_host_takes_time_there(planner: Planner) -> None:
 
 
 def test_layouts_that_do_not_fit_are_marked(planner: Planner, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = planner("deepspeed.stage=3", "--memory", "11GB")["scaling"]
+    rows = planner("deepspeed.stage=3", "--memory", "10GB")["scaling"]
     assert [row["fits"] for row in rows] == sorted(row["fits"] for row in rows)
     assert {row["fits"] for row in rows} == {False, True}
 
