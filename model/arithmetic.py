@@ -125,7 +125,7 @@ def kept_activation_bytes(
 
 
 def dropout_mask_bytes(config: ModelConfig, gpu: bool) -> int:
-    """Of a number behind a dropout outside attention: a GPU draws the mask again."""
+    """Bytes kept of a number behind a dropout outside attention: a GPU draws the mask again."""
     return 1 if config.hidden_dropout > 0.0 and not gpu else 0
 
 

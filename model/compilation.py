@@ -17,7 +17,7 @@ from torch import nn
 from model.factored_linear import FactoredLinear
 
 _COMPILATIONS = 64
-"""Of one function before torch gives up on it: training, validation and probes have their own."""
+"""Times one function may be compiled before torch gives up on it: training, validation and probes each have theirs."""
 
 
 def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -30,7 +30,7 @@ def _exact(tensor: Tensor) -> Tensor:
 def _gradients(
     gradient: Tensor, rows: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `rows (..., width)`, `weight` and `bias (width)`, from that of LN and the statistics of the forward pass."""
+    """Gradients of `rows (..., width)`, `weight` and `bias (width)`, from LN's and the forward pass's statistics."""
     exact = (_exact(tensor) for tensor in (weight, bias))
     of_rows, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
         _exact(gradient), _exact(rows), [rows.shape[-1]], mean, inverse, *exact, [True, True, True]

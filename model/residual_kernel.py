@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _MOST_COLUMNS = 1024
-"""Of one program: eight numbers for each of its 128 threads."""
+"""Columns of one program: eight numbers for each of its 128 threads."""
 
 
 @triton.jit(do_not_specialize=["seed"])

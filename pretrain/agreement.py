@@ -41,7 +41,7 @@ class Agreement:
     loss: float
     """Sum over data-parallel processes."""
     squared_norm: float
-    """Of the gradient, times the squared loss scale."""
+    """Squared norm of the gradient, times the squared loss scale."""
     flags: Flags
 
 
