@@ -162,8 +162,11 @@ class _Stage1And2(_Scanned, DeepSpeedZeroOptimizer):
             known = self.norm_for_param_grads
             parameters = [parameter for parameter in parameters if self.get_param_id(parameter) in known]
             return _share([known[self.get_param_id(parameter)] for parameter in parameters], parameters)
-        groups = [self.averaged_gradients[index] for index in range(len(self.bit16_groups))]
-        gradients = [one for group in groups for one in group if not getattr(one, "_zero_padding", False)]
+        gradients = []
+        for index, group in enumerate(self.params_in_partition):
+            pieces = [one for one in self.averaged_gradients[index] if not getattr(one, "_zero_padding", False)]
+            # DeepSpeed 0.19.8 does not mark the zeros that fill up a group's last partition, or an empty one.
+            gradients += pieces[: len(group)]
         return _share(list_norms(gradients), parameters)
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:

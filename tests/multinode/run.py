@@ -165,6 +165,12 @@ def training(hosts: Sequence[Host], config: Path, folder: Path, run: Path) -> No
         raise SystemExit(f"a log is missing: {logs}")
 
 
+def show_logs(folder: Path) -> None:
+    """The end of what each process said, since a launcher that is killed may keep the last lines to itself."""
+    for log in sorted(folder.glob("*")):
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", flush=True)
+
+
 def report(what: str, seconds: float) -> None:
     print(f"{what}: {seconds:.1f} s", flush=True)
 
@@ -193,7 +199,11 @@ def main() -> None:
             as_pods(hosts, config, folder)
         else:
             refusals(hosts, config, folder)
-            training(hosts, config, folder, run)
+            try:
+                training(hosts, config, folder, run)
+            except SystemExit:
+                show_logs(run / "logs")
+                raise
     print("multinode: all as it should be")
 
 
