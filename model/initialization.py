@@ -53,7 +53,8 @@ def gaussian_singular_values(rows: int, columns: int, count: int, std: float) ->
 def orthonormal_columns(size: int, count: int, generator: torch.Generator, device: torch.device = _HOST) -> Tensor:
     """`(size, count)` with orthonormal columns, uniformly distributed, on `device`; drawn on the host, so that they are
     the same everywhere, but for the sign of each column."""
-    drawn = torch.randn(size, count, generator=generator).to(device, non_blocking=True)
+    locked = device.type == "cuda"  # so that the copy waits for nothing
+    drawn = torch.randn(size, count, generator=generator, pin_memory=locked).to(device, non_blocking=True)
     return cholesky_orthonormal(drawn) if drawn.is_cuda else torch.linalg.qr(drawn).Q
 
 

@@ -42,7 +42,7 @@ from pretrain.engine import evaluating, release_free_memory, tear_down
 from pretrain.errors import agreed
 from pretrain.health import reach
 from pretrain.optimizer_state import optimizer_state
-from pretrain.partitioned import gathered, replace_factors
+from pretrain.partitioned import gathered, replace_factors, shape_of
 from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
 from pretrain.probe import Demand
 from pretrain.processes import is_first_process
@@ -164,7 +164,7 @@ def augment(
     expected = _fixed_batch_logits(engine)
     _refuse_non_finite(expected, plan.step)
     changes = _factor_changes(model, plan, directions or {}, seed)
-    with Stash(engine) as stash:
+    with Stash(engine, _size_ratio(model, plan)) as stash:
         reach("event.stashed", plan.step)
         tear_down(engine)
         for name, change in changes.items():
@@ -186,6 +186,17 @@ def augment(
     release_free_memory()
     changed = {name: before[name] for name in plan.ranks}
     return engine, GrowthRecord(plan.step, consumed_samples, changed, plan.ranks, time.perf_counter() - start, moved)
+
+
+def _size_ratio(model: EspalierModel, plan: GrowthPlan) -> float:
+    """Trained parameters after the event, as a multiple of those before."""
+    numbers = sum(shape_of(parameter).numel() for parameter in model.trained_parameters().values())
+    layers = model.factored_layers()
+    added = sum(
+        (rank - layers[name].rank) * (shape_of(layers[name].A)[1] + shape_of(layers[name].B)[0])
+        for name, rank in plan.ranks.items()
+    )
+    return (numbers + added) / numbers
 
 
 def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:

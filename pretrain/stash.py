@@ -1,9 +1,17 @@
 """Where masters and moments wait while an augmentation builds the new engine.
 
-The old engine's flat tensors can only be freed as a whole, and the new engine allocates its own, so everything waits
-outside of both: state on a device in host memory, state in host memory (no GPU, or an offloaded optimizer) in files of
-the system's temporary folder (`TMPDIR`). At no moment does a process hold more of a state beside its own share than
-one parameter's.
+The old engine's flat tensors can only be freed as a whole, and the new engine allocates its own, so both stand side by
+side for a while, and where the state waits depends on where there is room:
+
+- state on a device stays there, in the old engine's own tensors, as far as that makes no new peak of the run: no
+  training step is under way, so the memory of its activations is free. For p parameters grown to p' that is
+
+      kept bytes ≤ largest bytes allocated so far − p'/p · bytes allocated now
+
+- other state on a device waits in host memory
+- state in host memory (no GPU, or an offloaded optimizer) waits in files of the system's temporary folder (`TMPDIR`)
+
+At no moment does a process hold more of a state beside these and its own share than one parameter's.
 
 From a device whole flat tensors are copied, in chunks, into page-locked memory, and the host waits once for all of
 them. Reckoned for S bytes (12 a number): S / 25 GB/s each way over PCIe 4, half of that over PCIe 5, and up to 1 s per
@@ -41,9 +49,9 @@ memory, which the device fills at a fifth of the speed."""
 
 class Stash:
     """What this process owns of every parameter, from an engine that is about to be torn down; a context manager, and
-    a collective to enter."""
+    a collective to enter. `growth`: parameters after the event, as a multiple of those now."""
 
-    def __init__(self, engine: DeepSpeedEngine) -> None:
+    def __init__(self, engine: DeepSpeedEngine, growth: float) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="espalier_stash_", ignore_cleanup_errors=True)
         self._kept: dict[tuple[str, str], list[Fragment]] = {}
         self._start_in_file: dict[str, int] = {}
@@ -53,7 +61,7 @@ class Stash:
         self._device = next(iter(parameters.values())).device
         state = optimizer_state(engine)
         self.counters = state.counters()
-        together(lambda: self._fill(state))
+        together(lambda: self._fill(state, growth))
 
     def __enter__(self) -> "Stash":
         return self
@@ -61,18 +69,30 @@ class Stash:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._folder.cleanup()
 
-    def _fill(self, state: OptimizerState) -> None:
+    def _fill(self, state: OptimizerState, growth: float) -> None:
         on_device: list[Fragment] = []
         for fragment in state.fragments():
             if fragment.values.device.type == "cuda":
                 on_device.append(fragment)
             else:
                 self._write(fragment)
+        leaving: list[Fragment] = []
+        spare_bytes = _spare_device_bytes(growth) if on_device else 0.0
+        for held in _by_storage(on_device):
+            size_bytes = held[0].values.untyped_storage().nbytes()
+            if size_bytes <= spare_bytes:
+                spare_bytes -= size_bytes
+                self._keep(held)
+            else:
+                leaving += held
         # The same in every event of a run, so that torch finds the last one's chunks again.
         lockable = _LOCKED_SHARE * psutil.virtual_memory().total / processes_of_machine(dist.get_world_size())
-        for copy in host_copies(on_device, _CHUNK_BYTES, lockable):
-            self._kept.setdefault((copy.name, copy.key), []).append(copy)
+        self._keep(host_copies(leaving, _CHUNK_BYTES, lockable))
         synchronize()  # before anyone frees or overwrites what is being copied
+
+    def _keep(self, fragments: Iterable[Fragment]) -> None:
+        for fragment in fragments:
+            self._kept.setdefault((fragment.name, fragment.key), []).append(fragment)
 
     def _file(self, name: str, key: str) -> Path:
         return Path(self._folder.name, f"{self._places[name]}_{key}.safetensors")
@@ -100,6 +120,19 @@ class Stash:
             yield Fragment(name, key, self._start_in_file[name], values)
 
 
+def _spare_device_bytes(growth: float) -> float:
+    """Of this process's device, by this module's equation; negative where there are none."""
+    return torch.cuda.max_memory_allocated() - growth * torch.cuda.memory_allocated()
+
+
+def _by_storage(fragments: Iterable[Fragment]) -> list[list[Fragment]]:
+    """Those of one flat tensor together."""
+    storages: dict[int, list[Fragment]] = {}
+    for fragment in fragments:
+        storages.setdefault(fragment.values.untyped_storage().data_ptr(), []).append(fragment)
+    return list(storages.values())
+
+
 def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes: float) -> Iterator[Fragment]:
     """The fragments in host memory, in pieces where a chunk ends inside them; from a device they have arrived after
     `synchronize`.
@@ -107,10 +140,7 @@ def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes:
     What lies in one storage is copied as one range, gaps included, in chunks of at most `chunk_bytes`, however many
     fragments it holds; the first `lockable_bytes` into page-locked memory.
     """
-    storages: dict[int, list[Fragment]] = {}
-    for fragment in fragments:
-        storages.setdefault(fragment.values.untyped_storage().data_ptr(), []).append(fragment)
-    for held in storages.values():
+    for held in _by_storage(fragments):
         starts = [int(fragment.values.storage_offset()) for fragment in held]
         first = min(starts)
         end = max(start + fragment.values.numel() for start, fragment in zip(starts, held, strict=True))

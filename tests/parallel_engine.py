@@ -149,7 +149,7 @@ class SmallRun:
 
 def whole_states(engine: DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
     """Every trained parameter's shard of masters and moments, on all data-parallel processes."""
-    with Stash(engine) as stash:
+    with Stash(engine, growth=1.0) as stash:
         names = engine.module.trained_parameters()
         return {name: {key: stash.take(name, key) for key in KEYS} for name in names}
 

@@ -4,14 +4,17 @@ kernel that was not there before."""
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed import WorkerPool
 from tests.support.plain_step import SETTINGS
-from tests.support.whole_runs import plain_step, problems_of_run, problems_of_tool, waits_with_planted_read
+from tests.support.whole_runs import grown_run, plain_step, problems_of_run, problems_of_tool, waits_with_planted_read
 from tests.training_runs import make_corpus
 
 HOST_WAITS_OF_PLAIN_STEP = 1
 """Of a plain step: the one of `pretrain/agreement.py`."""
+HOST_WAITS_OF_EVENT = 15
+"""Beside those in DeepSpeed's code, which at stage 3 grow with the layers."""
 FIXED = ["rank.policy=fixed", "rank.events=[]"]
 GPT2 = ["model.family=gpt2"]
 DENSE = [*FIXED, "model.parametrization=dense"]
@@ -94,6 +97,29 @@ def test_plain_step_waits_and_launches_no_more_than_stated(
     assert problems == []
     assert count.waits.total() <= HOST_WAITS_OF_PLAIN_STEP, count.waits
     assert 0 < count.kernels.total() <= kernels, count.operators
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_growth_event_waits_seldom_and_moves_no_state_where_the_device_has_room(
+    stage: int, pretending: WorkerPool, corpus: list[str], tmp_path: Path
+) -> None:
+    growth = ["rank.policy=schedule", *SCHEDULE, "rank.initial=4", "rank.quantum=2", "train.steps=4"]
+    settings = [*SETTINGS, *corpus, *ZERO[stage], *growth]
+    found = {}
+    for peak_bytes in (0, 10**9):
+        run = [*settings, f"run.folder={tmp_path / str(peak_bytes)}"]
+        ((cost, masters, problems),) = pretending.run(grown_run, 1, 300.0, (run, peak_bytes), {})
+        assert problems == []
+        moved = [number for way, number in cost.copied_bytes.items() if "pretrain/stash.py" in way]
+        waits = {cause: number for (_, cause), number in cost.waits.items() if " > deepspeed" not in cause}
+        assert sum(waits.values()) <= HOST_WAITS_OF_EVENT, waits
+        found[peak_bytes] = masters, sum(moved)
+    (there, moved), (kept, moved_with_room) = found[0], found[10**9]
+    # Before the event: ranks 4 instead of 8. New rows of A wait in host memory in any case.
+    grown = sum(tensor.numel() / 2 for name, tensor in kept.items() if name.endswith((".A", ".B")))
+    assert moved - moved_with_room == 12 * (sum(tensor.numel() for tensor in kept.values()) - grown)
+    assert there.keys() == kept.keys()
+    assert all(torch.equal(there[name], kept[name]) for name in there)
 
 
 def test_planted_read_in_a_step_is_counted(pretending: WorkerPool, corpus: list[str], tmp_path: Path) -> None:

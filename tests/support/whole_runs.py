@@ -8,14 +8,19 @@ from collections import Counter
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor
 
+from pretrain import trainer
+from pretrain.augmentation import augment
 from pretrain.config import load_config
 from pretrain.engine import tear_down
+from pretrain.optimizer_state import optimizer_state
 from pretrain.train import run_training
 from tests.support.device_ledger import Count
 from tests.support.plain_step import count_plain_step
@@ -34,6 +39,32 @@ def problems_of_run(settings: list[str], lengths: list[int]) -> list[str]:
             tear_down(run.engine)
             parallel_state.destroy_model_parallel()
     return sorted(gpu.problems)
+
+
+def grown_run(settings: list[str], peak_bytes: int) -> tuple[Count, dict[str, Tensor], list[str]]:
+    """What the growth event of a run cost, the masters at the run's end, and what a GPU would have refused. Up to the
+    event the run has had `peak_bytes` on the device."""
+    costs: list[Count] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        before = gpu.count()
+        grown = augment(*args, **kwargs)
+        costs.append(gpu.count() - before)
+        return grown
+
+    with PretendedCuda() as gpu, patch.object(torch.cuda, "max_memory_allocated", lambda: peak_bytes):
+        with patch.object(trainer, "augment", counted):
+            run = run_training(load_config("quickstart", settings), dist.get_world_size())
+        assert run is not None
+        masters = {
+            fragment.name: fragment.values.cpu().clone()
+            for fragment in optimizer_state(run.engine).fragments()
+            if fragment.key == "master"
+        }
+        tear_down(run.engine)
+        parallel_state.destroy_model_parallel()
+    (cost,) = costs
+    return cost, masters, sorted(gpu.problems)
 
 
 def plain_step(settings: list[str]) -> tuple[Count, list[str]]:
