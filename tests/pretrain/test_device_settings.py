@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention import prefer_fast_kernels
 from model.config import ModelConfig, factored_projections
 from model.process_groups import initialize_process_groups
 from pretrain.config import RunConfig, parse_config
@@ -98,6 +100,19 @@ def test_deterministic_algorithms_are_a_setting(monkeypatch: pytest.MonkeyPatch)
     settle_device(config())
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def _cudnn_attends(deterministic: bool) -> bool:
+    """Whether torch may choose cuDNN's attention on a Hopper card, once a model is there."""
+    settle_device(config(train={"deterministic": deterministic}))
+    with patch("torch.cuda.get_device_capability", lambda: (9, 0)):
+        prefer_fast_kernels()
+    return torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_deterministic_models_never_attend_by_cudnn() -> None:
+    assert run(_cudnn_attends, 1, True) == [False]
+    assert run(_cudnn_attends, 1, False) == [True]
 
 
 def _timeouts(stage: int, hang_seconds: float) -> set[timedelta]:

@@ -31,7 +31,7 @@ KERNELS_OF_PLAIN_STEP = {
 2 %. Lower them with every step that becomes smaller."""
 
 SMALL = [
-    "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=8",
+    "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=4",
     "train.micro_batch=2", "train.global_batch=2", "train.validate_every=4", "train.validation_sequences=2",
     "train.log_every=1", "checkpoint.every=4", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
     "rank.initial=4", "rank.quantum=2", "rank.stop_step=5", "rank.buffer=2", "rank.probe=2", "guard.hang_seconds=0",
@@ -50,20 +50,27 @@ ONE_LAYER, FOUR_SEQUENCES = ["model.layers=1"], ["train.global_batch=4"]
 RUNS: dict[str, tuple[int, list[int], list[str]]] = {
     "schedule": (
         1, RESUMED, [
-            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, "checkpoint.background=true",
+            *SCHEDULE, *ZERO[1], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, *ONE_LAYER, "checkpoint.background=true",
         ],
     ),
-    "gradient": (1, RESUMED, [*GPT2, *GRADIENT, *ZERO[3], *BF16, *LAYERS, "model.hidden_dropout=0.1"]),
+    "gradient": (1, RESUMED, [*GPT2, *GRADIENT, *ZERO[3], *BF16, *LAYERS, *ONE_LAYER, "model.hidden_dropout=0.1"]),
     "additive": (1, STRAIGHT, [*GRADIENT, *ZERO[2], *FP16, *OFFLOAD, *ONE_LAYER, "model.parametrization=additive"]),
     "excess": (
         1, STRAIGHT, [
             *GPT2, *EXCESS, *ZERO[2], *BF16, *TRACK, *ONE_LAYER, "rank.truncate=0.01", "model.factored_layers=mlp",
+            "train.deterministic=true",
         ],
     ),
-    "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, *ONE_LAYER, "train.objective=mlm"]),
+    "explained": (1, STRAIGHT, [*EXPLAINED, *ZERO[0], *FP32, *ONE_LAYER, "train.objective=mlm", "train.tf32=true"]),
     "dense": (1, STRAIGHT, [*GPT2, *DENSE, *ZERO[3], *FP16, *OFFLOAD, *LAYERS, *TRACK, "model.attention_dropout=0.1"]),
-    "tensor": (2, STRAIGHT, [*GPT2, *SCHEDULE, *ZERO[2], *BF16, *FACTORS, "parallel.tensor=2"]),
-    "data": (2, STRAIGHT, [*GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, "model.query_groups=2"]),
+    "compiled": (1, STRAIGHT, [*SCHEDULE, *ZERO[1], *BF16, "train.compile=true"]),
+    "tensor": (2, STRAIGHT, [*GPT2, *SCHEDULE, *ZERO[2], *BF16, *FACTORS, *ONE_LAYER, "parallel.tensor=2"]),
+    "tensor llama": (2, STRAIGHT, [*EXCESS, *ZERO[1], *BF16, *LAYERS, *ONE_LAYER, "parallel.tensor=2"]),
+    "data": (
+        2, STRAIGHT, [
+            *GRADIENT, *ZERO[3], *BF16, *FACTORS, *DOCUMENTS, *FOUR_SEQUENCES, *ONE_LAYER, "model.query_groups=2",
+        ],
+    ),
 }  # fmt: skip
 """Processes, steps between which the run stops and resumes, settings. Every policy, stage, precision, parametrization
 and recomputation is there. Steps have two sequences, a micro-step, or four."""
