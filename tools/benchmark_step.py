@@ -240,7 +240,11 @@ def _arguments() -> argparse.Namespace:
         "--blocks", action="store_true", help="time half the layers, too: the difference is the blocks alone"
     )
     parser.add_argument(
-        "--settings", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configs (train.recompute=layers)"
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="laid over the configs (train.recompute=layers; train.compile=true reaches all but the dense one)",
     )
     parser.add_argument("--ranks", type=positive, nargs="+", help="only time the factor pairs of one layer at these")
     parser.add_argument("--largest", action="store_true", help="only look for the largest models that fit a GPU")

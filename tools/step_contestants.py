@@ -40,8 +40,8 @@ NAMES = (DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS)
 def contestant_config(
     name: str, model: dict[str, Any], rank: int, micro_batch: int, overrides: Sequence[str] = (), **sections: Any
 ) -> RunConfig:
-    """The config of a contestant, with `section.key=value` laid over it; ConfigError if the sizes do not fit one
-    another."""
+    """The config of a contestant, with `section.key=value` laid over it; `train.compile`, which takes factored layers
+    alone, does not reach the dense one. ConfigError if the sizes do not fit one another."""
     parametrization = DENSE if name == DENSE else FACTORED
     train = {"micro_batch": micro_batch, "global_batch": micro_batch, **sections.pop("train", {})}
     settings: dict[str, Any] = {
@@ -53,6 +53,8 @@ def contestant_config(
     }
     for override in overrides:
         settings = merge(settings, parse_override(override))
+    if name == DENSE:
+        settings["train"].pop("compile", None)
     return parse_config(settings)
 
 
