@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from model.config import ModelConfig, Recompute, check_recompute, factored_projections
 from pretrain.config_file import explain, find_file, merge, parse_override, read_settings
@@ -128,9 +128,16 @@ class DeepSpeedConfig(_Section):
 
     stage: int = Field(1, description="ZeRO stage: 0, 1, 2 or 3")
     offload_optimizer: bool = Field(False, description="masters and moments in host memory, and the step there")
-    config: str | None = Field(
-        None, description="DeepSpeed JSON file (path or installed name); none: DeepSpeed's defaults"
+    config: str | dict[str, JsonValue] | None = Field(
+        None, description="DeepSpeed JSON file (path or installed name), or what it says; none: DeepSpeed's defaults"
     )
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _config_is_a_file_or_settings(cls, config: Any) -> Any:
+        if config is not None and not isinstance(config, str | dict):
+            raise ValueError(f"deepspeed.config is {config!r}: name a DeepSpeed JSON file, or write what it says")
+        return config
 
     @field_validator("stage")
     @classmethod

@@ -7,6 +7,7 @@ business.
 import difflib
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -183,7 +184,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, without duplicate keys."""
+    """The object in a JSON file, without duplicate keys and numbers that are not finite."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -192,8 +193,13 @@ def read_json(path: Path) -> dict[str, Any]:
                 raise ConfigError(f"{path} has key {key!r} twice: remove one")
         return dict(pairs)
 
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ConfigError(f"{path} has the number {number}, which is not finite: correct it")
+        return float(number)
+
     try:
-        content = json.loads(read_text(path), object_pairs_hook=unique)
+        content = json.loads(read_text(path), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -1,6 +1,9 @@
 """The dictionary that `deepspeed.initialize` gets: the user's own JSON file, with the keys that follow from the run
 filled in.
 
+A run reads the file once, when it starts (`with_deepspeed_file`), and keeps what it says in its config: engines are
+built anew at every growth, whatever has become of the file.
+
 Batch sizes, clipping, precision and ZeRO stage have one home, the run's config. The file may repeat them (or say
 "auto"); a different number is an error that shows both. What is not tested together with growing ranks is refused by
 name: a feature that DeepSpeed accepts here and that silently loses optimizer state at the first growth is worse than
@@ -8,6 +11,7 @@ one that is missing.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -73,20 +77,10 @@ _REASONS = {
 
 
 def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """DeepSpeed's config for this run on this layout, at the full global batch."""
-    given: dict[str, Any] = {}
-    source = ""
-    if config.deepspeed.config is not None:
-        path = find_file(config.deepspeed.config, "configs.deepspeed", ".json")
-        given, source = read_json(path), path.name
-    derived = _derived(config, layout)
-    _refuse_unsupported(given, derived, source)
-    _refuse_conflicts(given, derived, source)
-    _check_precision(given, config, source)
-    _check_offload(given, config, source)
+    """DeepSpeed's config for this run on this layout, at the full global batch; nothing in it belongs to `config`."""
     result: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
-    result |= {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
-    for key, (value, _) in derived.items():
+    result |= deepcopy(_checked_settings(config, layout))
+    for key, (value, _) in _derived(config, layout).items():
         section, dot, name = key.partition(".")
         if dot:
             result.setdefault(section, {})[name] = value
@@ -101,6 +95,38 @@ def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
             zero["offload_optimizer"] = offload
             result["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW steps on the host as well
     return result
+
+
+def with_deepspeed_file(config: RunConfig, layout: Layout) -> RunConfig:
+    """The config with what its DeepSpeed file says in place of the file's name; ConfigError if the run refuses it."""
+    if not isinstance(config.deepspeed.config, str):
+        return config
+    section = config.deepspeed.model_copy(update={"config": _checked_settings(config, layout)})
+    return config.model_copy(update={"deepspeed": section})
+
+
+def given_settings(config: RunConfig) -> tuple[dict[str, Any], str]:
+    """What the user's DeepSpeed file says, or the config in its place; and what to call it in errors."""
+    given = config.deepspeed.config
+    if isinstance(given, str):
+        path = find_file(given, "configs.deepspeed", ".json")
+        return read_json(path), path.name
+    return given or {}, "deepspeed.config"
+
+
+def _checked_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """What is given, without what is switched off: a section that is not used may hold an account's key."""
+    given, source = given_settings(config)
+    derived = _derived(config, layout)
+    _refuse_unsupported(given, derived, source)
+    _refuse_conflicts(given, derived, source)
+    _check_precision(given, config, source)
+    _check_offload(given, config, source)
+    kept = {key: value for key, value in given.items() if key in _TAKEN or key in derived or key in _TAKEN_INSIDE}
+    for key, inside in _TAKEN_INSIDE.items():
+        if key in kept:
+            kept[key] = {name: setting for name, setting in kept[key].items() if name in inside}
+    return kept
 
 
 def _derived(config: RunConfig, layout: Layout) -> dict[str, tuple[Any, str]]:

@@ -9,15 +9,13 @@ included. The peak, the efficiency and the links are assumptions, since nobody h
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from model.config import ModelConfig, projections
 from pretrain.communication_plan import CommunicationPlan, Links, plan_communication
 from pretrain.compute_plan import Arithmetic, compute_seconds
 from pretrain.config import RunConfig
-from pretrain.config_file import find_file, read_json
-from pretrain.deepspeed_config import BUCKET_ELEMENTS, deepspeed_dict
+from pretrain.deepspeed_config import BUCKET_ELEMENTS, deepspeed_dict, given_settings
 from pretrain.errors import ConfigError
 from pretrain.layout import lay_out
 from pretrain.memory_plan import MemoryPlan, Setup, ZeroBuffers, plan_memory
@@ -120,9 +118,7 @@ def setup_of(config: RunConfig, processes: int, gpu: bool) -> Setup:
 
 def zero_buffers(config: RunConfig) -> ZeroBuffers:
     """The sizes that the run's DeepSpeed file sets, or ours."""
-    given: dict[str, Any] = {}
-    if config.deepspeed.config is not None:
-        given = read_json(find_file(config.deepspeed.config, "configs.deepspeed", ".json"))
+    given, _ = given_settings(config)
     return ZeroBuffers.of({"reduce_bucket_size": BUCKET_ELEMENTS} | given.get("zero_optimization", {}))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from model.process_groups import initialize_process_groups
 from pretrain.config import RunConfig, load_config, print_config
 from pretrain.corpus import open_corpus
+from pretrain.deepspeed_config import with_deepspeed_file
 from pretrain.device_settings import collective_timeout
 from pretrain.engine import release_free_memory, tear_down
 from pretrain.errors import EspalierError, NumericalError, StopSignal, agreed, run_command
@@ -113,7 +114,8 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     if config.train.objective == "mlm":
         together(lambda: mask_token(tokenizer))  # nothing is written for a run that could not begin
     config = config.with_vocabulary(tokenizer.vocabulary)
-    config.layout(processes)  # once more: only now is the vocabulary known
+    layout = config.layout(processes)  # once more: only now is the vocabulary known
+    config = together(partial(with_deepspeed_file, config, layout))
     together(lambda: check_memory(config, processes))
     initialize_process_groups(config.parallel.tensor, collective_timeout(config.guard.hang_seconds))
     signals, turned_back = Signals(), None

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -70,6 +71,7 @@ class Trainer:
         self.state = TrainState()
         self.flags = NO_FLAGS
         """Of all processes, in the last step."""
+        self._deepspeed = deepspeed_dict(config, layout)
         self._batches: Prefetch | None = None
         self.tracker = together(lambda: Tracker(config)) if config.rank.track else None
         if reader is None:
@@ -92,7 +94,7 @@ class Trainer:
         return build_engine(
             model,
             self.config.optimizer,
-            deepspeed_dict(self.config, self.layout),
+            deepcopy(self._deepspeed),
             compiled=self.config.train.compile,
         )
 

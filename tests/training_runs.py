@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from model.process_groups import tensor_group, tensor_size
+from pretrain.augmentation import augment
 from pretrain.config import load_config
 from pretrain.train import run_training
 from pretrain.trainer import Trainer
@@ -67,6 +69,17 @@ def train_in_workers(config: str, overrides: list[str]) -> None:
     """A whole run in a worker."""
     allow_fp16_on_cpu()
     run_training(load_config(config, overrides), dist.get_world_size())
+
+
+def train_and_lose_a_file(config: str, overrides: list[str], file: str) -> None:
+    """A whole run in a worker; `file` is gone when ranks first grow."""
+
+    def augment_without_it(*arguments: Any, **settings: Any) -> Any:
+        Path(file).unlink(missing_ok=True)
+        return augment(*arguments, **settings)
+
+    with patch("pretrain.trainer.augment", augment_without_it):
+        train_in_workers(config, overrides)
 
 
 def train_and_probe(config: str, overrides: list[str], new_tokens: int) -> tuple[Tensor, list[int]]:

@@ -1,12 +1,13 @@
 """DeepSpeed's dictionary: what the run fills in, what a file may say, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from pretrain.config import RunConfig, parse_config
-from pretrain.deepspeed_config import deepspeed_dict
+from pretrain.config import RunConfig, dump_config, load_config, parse_config
+from pretrain.deepspeed_config import deepspeed_dict, with_deepspeed_file
 from pretrain.errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def configured(precision: str = "fp32", stage: int = 1, file: object = None, off
             "deepspeed": {
                 "stage": stage,
                 "offload_optimizer": offload,
-                "config": None if file is None else str(file),
+                "config": str(file) if isinstance(file, Path) else file,
             },
         }
     )
@@ -93,6 +94,34 @@ def test_what_the_file_says_is_kept(tmp_path):
     assert json.loads(file.read_text()) == given
 
 
+def test_a_run_keeps_what_its_file_said(tmp_path):
+    """In the config that it writes, which needs the file no more; keys of accounts that are not used stay behind."""
+    file = tmp_path / "mine.json"
+    zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1000, "zenflow": None}
+    given = {"zero_optimization": zero, "wandb": {"enabled": False, "api_key": "secret"}, "steps_per_print": 5}
+    file.write_text(json.dumps(given))
+    config = configured(file=file)
+    expected = resolved(config)
+    kept = with_deepspeed_file(config, config.layout(2))
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7}}))
+    (tmp_path / "run.yaml").write_text(dump_config(kept))
+    assert "secret" not in dump_config(kept)
+    again = load_config(str(tmp_path / "run.yaml"))
+    assert resolved(kept) == resolved(again) == expected
+    assert with_deepspeed_file(again, again.layout(2)) == kept
+    resolved(kept)["zero_optimization"]["reduce_bucket_size"] = 8
+    assert resolved(kept) == expected
+
+
+def test_settings_in_the_place_of_a_file_are_checked_alike():
+    with pytest.raises(ConfigError, match=r"train_batch_size is 64 in deepspeed\.config, and 32 follows"):
+        resolved(configured(file={"train_batch_size": 64}))
+    with pytest.raises(
+        ConfigError, match=r"^deepspeed\.config is 5: name a DeepSpeed JSON file, or write what it says$"
+    ):
+        configured(file=5)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -144,6 +173,8 @@ def test_conflicts_and_what_cannot_grow_are_refused_by_name(tmp_path, given, wor
         ('{"train_batch_size": 32, "train_batch_size": 64}', "has key 'train_batch_size' twice"),
         ("{", "is not valid JSON"),
         ("[]", "where a JSON object is expected"),
+        ('{"fp16": {"loss_scale": NaN}}', "has the number NaN, which is not finite"),
+        ('{"fp16": {"loss_scale": 1e999}}', "has the number 1e999, which is not finite"),
     ],
 )
 def test_files_that_are_no_objects_are_refused(tmp_path, text, words):

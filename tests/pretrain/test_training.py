@@ -20,7 +20,7 @@ from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
 from tests.distributed import run
-from tests.training_runs import curve, make_corpus, releasing, train_in_workers, write_config
+from tests.training_runs import curve, make_corpus, releasing, train_and_lose_a_file, train_in_workers, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -164,6 +164,21 @@ def test_fp16_skips_until_its_scale_fits_and_grows(corpus: Path, tmp_path: Path,
     _cut_back(folder, again, 10)
     _train(corpus, again, 2, *overrides, **sections)
     assert curve(again) == lines
+
+
+def test_growth_asks_no_deepspeed_file_again(corpus: Path, tmp_path: Path) -> None:
+    """It may move while the run goes on; the run's own record has what it said."""
+    file, run_folder = tmp_path / "deepspeed.json", tmp_path / "run"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 3000}}))
+    config = write_config(tmp_path / "run.yaml", corpus, run_folder)
+    run(train_and_lose_a_file, 2, str(config), [f"deepspeed.config={file}"], str(file))
+    assert not file.exists()
+    assert curve(run_folder)[-1]["mean_rank"] == 10
+    kept = load_config(str(run_folder / "config.yaml")).deepspeed.config
+    assert kept == {"zero_optimization": {"reduce_bucket_size": 3000}}
+    assert (
+        CheckpointReader(run_folder / "checkpoints" / "step_000000012").state["config"]["deepspeed"]["config"] == kept
+    )
 
 
 def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
