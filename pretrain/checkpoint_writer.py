@@ -19,7 +19,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -131,6 +131,8 @@ class CheckpointWrite:
         self._failure: Exception | None = None
         self.committed = False
         """The checkpoint is there, whatever fails afterwards."""
+        self.fragments_written = 0
+        """Fragments of this process whose numbers the file system has taken: a write that goes on counts up."""
         self._outcome = f"the checkpoint of step {content.step} was not saved, earlier ones are as they were"
         facts = _gather((content.step, content.tensor_size, _digest(content.layouts)))
         with self._cleaned_up(), _vote(self._outcome, content.root):
@@ -153,10 +155,13 @@ class CheckpointWrite:
         """Writes this process's fragments, which are read once. Of replicated parameters those of tensor index 0
         count."""
         try:
-            self._shard = _write_shard(self.content, fragments)
+            self._shard = _write_shard(self.content, fragments, self._count_fragment)
             reach("save.written", self.content.step)
         except Exception as error:
             self._failure = self._failure or error
+
+    def _count_fragment(self) -> None:
+        self.fragments_written += 1
 
     def commit(self) -> Path:
         """All processes call it together, each after its `write`. Afterwards the folder holds the new checkpoint and
@@ -304,8 +309,10 @@ def _prepare(content: Content) -> None:
     content.staging.mkdir()
 
 
-def _write_shard(content: Content, fragments: Iterable[Fragment]) -> ShardRecord | None:
-    """Writes this process's file, unless it owns nothing."""
+def _write_shard(
+    content: Content, fragments: Iterable[Fragment], count_fragment: Callable[[], None]
+) -> ShardRecord | None:
+    """Writes this process's file, unless it owns nothing; `count_fragment` is called behind each fragment."""
     staging, layouts, tensor_index = content.staging, content.layouts, content.tensor_index
     if not staging.is_dir():
         raise CheckpointError(
@@ -334,16 +341,17 @@ def _write_shard(content: Content, fragments: Iterable[Fragment]) -> ShardRecord
         return None
     file = shard_name(tensor_index, _process())
     shapes = {name: tuple(values.shape) for name, values in tensors.items()}
-    size, checksum = write_tensors(staging / file, shapes, _in_fp32(tensors.values(), content.step))
+    size, checksum = write_tensors(staging / file, shapes, _in_fp32(tensors.values(), content.step, count_fragment))
     return ShardRecord(file=file, bytes=size, checksum=checksum, tensor_index=tensor_index, fragments=records)
 
 
-def _in_fp32(tensors: Collection[Tensor], step: int) -> Iterator[Tensor]:
+def _in_fp32(tensors: Collection[Tensor], step: int, count_fragment: Callable[[], None]) -> Iterator[Tensor]:
     """One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model."""
     for number, values in enumerate(tensors):
         if number == len(tensors) // 2:
             reach("save.shard", step)
         yield values.float()
+        count_fragment()
 
 
 def _copy(source: Path, target: Path) -> FileRecord:

@@ -95,13 +95,18 @@ class Saver:
             self._commit_pending()
 
     def finish(self) -> None:
-        """Waits for what is on its way, and commits it."""
+        """Waits for what is on its way, and commits it. A write that stands still, as on storage that is gone, winds
+        no watchdog up."""
         if self._pending is None:
             return
         start = time.perf_counter()
-        while self._pending.thread.is_alive():
-            self._pending.thread.join(1.0)
-            reach("save.waiting")
+        pending, seen = self._pending, -1
+        while pending.thread.is_alive():
+            if pending.write.fragments_written > seen:
+                seen = pending.write.fragments_written
+                reach("save.waiting")
+            pending.thread.join(1.0)
+        reach("save.waiting")
         self._stall_seconds += time.perf_counter() - start
         self._commit_pending()
 

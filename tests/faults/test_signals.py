@@ -90,6 +90,19 @@ def test_a_process_that_falls_behind_is_named(config: Path) -> None:
     assert "hangs at step.forward of step 7, behind the others" in sentence
 
 
+def test_a_background_write_that_stands_still_ends_the_run(config: Path, undisturbed: Path) -> None:
+    """As on shared storage that is gone: the save after it waits for no longer than `guard.hang_seconds`."""
+    run = config.parent / "run"
+    settings = ("checkpoint.background=true", "checkpoint.every=1", f"guard.hang_seconds={HANG_SECONDS}")
+    ended = Started(config, settings, 2, ",".join(3 * ["slow@save.shard:*:6"]), config.parent / "o").end(40.0)
+    assert ended.codes == [5, 5]
+    assert all(f"guard.hang_seconds is {HANG_SECONDS:g}" in sentence for sentence in ended.said)
+    assert "has been at save.waiting of step " in "".join(ended.said)
+    assert steps_of(run)[-1] == 5
+    assert train(config).codes == [0, 0]
+    assert_same_end(run, undisturbed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["raise", "exit"])
 def test_nobody_waits_for_a_process_that_has_left(config: Path, action: str) -> None:
