@@ -54,9 +54,12 @@ def synchronize() -> None:
 
 
 def processes_of_machine(processes: int) -> int:
-    """How many of a run's `processes` share this machine, by what the launcher says; all of them where it says
-    nothing."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or processes)
+    """How many of a run's processes share this machine, by what the launcher says (DeepSpeed's, torchrun's, OpenMPI's);
+    `processes` where it says nothing."""
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return processes
 
 
 def memory_scalars() -> dict[str, float]:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from pretrain.config import GuardConfig, RunConfig
 from pretrain.device_check import check_device, meet
 from pretrain.device_settings import collective_timeout, settle_device
+from pretrain.devices import processes_of_machine
 from pretrain.errors import ConfigError, EspalierError
 
 Result = TypeVar("Result")
@@ -60,7 +61,7 @@ def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
         )
     settle_device(config)
     precision, guard = ("fp32", GuardConfig()) if config is None else (config.train.precision, config.guard)
-    check_device(precision, max(processes_here(), int(os.environ["LOCAL_RANK"]) + 1))
+    check_device(precision, max(processes_of_machine(1), int(os.environ["LOCAL_RANK"]) + 1))
     check_precision(precision)
     timeout = collective_timeout(guard.hang_seconds)
     backend = "gloo"
@@ -83,14 +84,6 @@ def _take_place_from_mpi() -> None:
     for ours, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
         if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
             os.environ.setdefault(ours, os.environ[f"OMPI_COMM_WORLD_{theirs}"])
-
-
-def processes_here() -> int:
-    """Processes of this node by its launcher's word (DeepSpeed's, torchrun's, OpenMPI's); 1 if it says nothing."""
-    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        if os.environ.get(name):
-            return int(os.environ[name])
-    return 1
 
 
 def _end_with_the_launcher() -> None:

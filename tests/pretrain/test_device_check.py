@@ -134,6 +134,29 @@ def test_nccls_complaints_become_a_sentence() -> None:
     assert "NCCL could not connect the processes (socketStartConnect: Connect to 10.0.0.7" in str(lost)
 
 
+@pytest.mark.parametrize("name", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_a_machines_memory_is_shared_by_its_own_processes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever launcher says how many they are: DeepSpeed's, torchrun's, OpenMPI's."""
+    for launcher in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(launcher, raising=False)
+    config = parse_config(
+        {
+            "data": {"prefix": "corpus", "tokenizer": "tokenizer.model"},
+            "model": {"layers": 100, "hidden": 32768, "heads": 64, "vocabulary": 50257, "parametrization": "dense"},
+            "rank": {"policy": "fixed"},
+            "train": {"global_batch": 512},
+        }
+    )
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError, match="of the machine's memory, shared by 4 processes, are there"):
+        check_memory(config, 64)
+    monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match="shared by 64 processes"):
+        check_memory(config, 64)
+
+
 def test_a_gpu_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what is free, not by what the card has."""
     machine.has(1)
