@@ -45,6 +45,11 @@ _TAKEN_INSIDE = {
     },
     "data_types": {"grad_accum_dtype"},
 }  # fmt: skip
+_ON_BY_DEFAULT = {
+    "zero_optimization.compute_grad_norm", "zero_optimization.load_from_fp32_weights",
+    "zero_optimization.memory_efficient_linear", "zero_optimization.override_module_apply",
+}  # fmt: skip
+"""What DeepSpeed 0.19.8 does unless it is told not to: there `true` changes nothing, and `false` does."""
 _AUTOTP = "tensor parallelism is megatron-core's: set parallel.tensor"
 _MONITOR = "the run writes its own TensorBoard folder, and two writers would disagree"
 _OFFLOAD = "only the optimizer can be offloaded, by deepspeed.offload_optimizer in the run's config"
@@ -62,6 +67,7 @@ _REASONS = {
     "zero_optimization.offload_param": _OFFLOAD,
     "zero_optimization.cpu_offload": _OFFLOAD,
     "zero_optimization.cpu_offload_params": _OFFLOAD,
+    "zero_optimization.compute_grad_norm": "the run clips by the gradient's norm, logs it, and skips steps by it",
     "zero_optimization.zenflow": "its split optimizer step is not carried through a growth of ranks",
     "zero_optimization.round_robin_gradients": "it reorders the partitions that checkpoints name",
     "zero_optimization.elastic_checkpoint": "checkpoints of a run can be resumed on any layout without it",
@@ -115,7 +121,7 @@ def given_settings(config: RunConfig) -> tuple[dict[str, Any], str]:
 
 
 def _checked_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """What is given, without what is switched off: a section that is not used may hold an account's key."""
+    """What is given, without what changes nothing: a section that is not used may hold an account's key."""
     given, source = given_settings(config)
     derived = _derived(config, layout)
     _refuse_unsupported(given, derived, source)
@@ -151,14 +157,19 @@ def _refuse_unsupported(given: Mapping[str, Any], derived: Mapping[str, Any], so
     for key, value in given.items():
         inside = _TAKEN_INSIDE.get(key)
         if inside is None:
-            if key not in _TAKEN and key not in derived and not _switched_off(value):
+            if key not in _TAKEN and key not in derived and not _changes_nothing(key, value):
                 raise _unsupported(key, source)
         elif not isinstance(value, dict):
             raise ConfigError(f"{key} in {source} is {value!r}: write an object with settings")
         else:
             for name, setting in value.items():
-                if name not in inside and not _switched_off(setting):
+                if name not in inside and not _changes_nothing(f"{key}.{name}", setting):
                     raise _unsupported(f"{key}.{name}", source)
+
+
+def _changes_nothing(key: str, setting: Any) -> bool:
+    """Whether DeepSpeed does the same without the setting."""
+    return setting is True if key in _ON_BY_DEFAULT else _switched_off(setting)
 
 
 def _switched_off(setting: Any) -> bool:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from pretrain.config import RunConfig, dump_config, load_config, parse_config
-from pretrain.deepspeed_config import deepspeed_dict, with_deepspeed_file
+from pretrain.deepspeed_config import _TAKEN_INSIDE, deepspeed_dict, with_deepspeed_file
 from pretrain.errors import ConfigError
 
 
@@ -154,6 +156,12 @@ def test_settings_in_the_place_of_a_file_are_checked_alike():
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "not tested together with growing ranks"),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "compute_grad_norm in mine.json is not supported: the run clips by the gradient's norm",
+        ),
+        ({"zero_optimization": {"override_module_apply": False}}, "not tested together with growing ranks"),
+        ({"zero_optimization": {"load_from_fp32_weights": None}}, "zero_optimization.load_from_fp32_weights"),
         ({"compression_training": {"x": 1}}, "compression_training in mine.json is not supported"),
         ({"gradient_allreduce_op": "sum"}, "gradients are averaged"),
     ],
@@ -188,6 +196,25 @@ def test_files_that_are_no_objects_are_refused(tmp_path, text, words):
 def test_a_file_that_is_not_there_is_refused_with_what_is():
     with pytest.raises(ConfigError, match=r"no config zero9: .*zero1, zero2"):
         resolved(configured(file="zero9"))
+
+
+def test_what_deepspeed_does_by_default_is_known(tmp_path):
+    """Each of its switches that are on is one that a file may set, or one that it may not switch off."""
+    file = tmp_path / "mine.json"
+    sections = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    for section, model in sections.items():
+        for name, field in model.model_fields.items():
+            setting = field.alias or name
+            if field.default is True and setting not in _TAKEN_INSIDE[section]:
+                file.write_text(json.dumps({section: {setting: True}}))
+                resolved(configured("bf16", file=file))
+                file.write_text(json.dumps({section: {setting: False}}))
+                with pytest.raises(ConfigError, match=f"{section}.{setting} in mine.json is not supported"):
+                    resolved(configured("bf16", file=file))
 
 
 def test_the_file_says_how_to_offload_and_the_run_whether(tmp_path):
