@@ -46,7 +46,14 @@ class Corpus:
 
 
 def open_corpus(
-    data: DataConfig, model: ModelConfig, *, training_samples: int, validation_samples: int, seed: int, cache: Path
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    training_samples: int,
+    validation_samples: int,
+    seed: int,
+    cache: Path,
+    tokenizer: Tokenizer | None = None,
 ) -> Corpus:
     """Checks and opens the corpora; called by all processes of the default process group (a single corpus: if there is
     one).
@@ -54,9 +61,9 @@ def open_corpus(
     `train` has at least `training_samples` samples, over as many epochs as that takes. A held-out set has at least
     `validation_samples`, always the same ones; there are none when they are 0, or `data.split` leaves no documents and
     `data.validation` names no corpora. The first process writes the order of the samples into `cache`; a node that does
-    not see that folder gets a copy in its own.
+    not see that folder gets a copy in its own. `tokenizer`: that of `data.tokenizer`, where it is open already.
     """
-    tokenizer = _together(lambda: _fitting_tokenizer(data, model))
+    tokenizer = _together(lambda: _fitting_tokenizer(data, model, tokenizer))
     weights = data.weights()
     facts = {prefix: _check_on_every_node(Path(prefix), tokenizer) for prefix in (*weights, *data.validation.values())}
     if data.within_documents:
@@ -179,8 +186,8 @@ def micro_batch_start(consumed_samples: int, micro_step: int, micro_batch: int, 
     return consumed_samples + micro_step * micro_batch * data_size + data_index * micro_batch
 
 
-def _fitting_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
-    tokenizer = open_tokenizer(data.tokenizer)
+def _fitting_tokenizer(data: DataConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Tokenizer:
+    tokenizer = tokenizer or open_tokenizer(data.tokenizer)
     if 0 < model.vocabulary < tokenizer.vocabulary:
         raise DataError(
             f"{data.tokenizer} has {tokenizer.vocabulary} tokens, and model.vocabulary is {model.vocabulary}: "

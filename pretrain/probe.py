@@ -65,9 +65,10 @@ class GradientProbe:
             self.forget()
         elif not self._ranges:
             return
+        layouts = tensor_layouts(model)
         for name, layer in model.factored_layers().items():
-            A = layer.A.new_zeros(self._layout(model, "first", name).shard_shape(tensor_size()))
-            B = layer.B.new_zeros(self._layout(model, "range", name).shard_shape(tensor_size()))
+            A = layer.A.new_zeros(self._layout(layouts, "first", name).shard_shape(tensor_size()))
+            B = layer.B.new_zeros(self._layout(layouts, "range", name).shard_shape(tensor_size()))
             if steps_left == PROBED_STEPS:
                 A.copy_(self._random_rows(name, layer, step))
                 B.requires_grad_()
@@ -101,9 +102,9 @@ class GradientProbe:
     def demand(self, model: EspalierModel) -> dict[str, Demand]:
         """What every layer asks for, from the last three steps; a collective. A layer that was not measured, or whose
         gradient was not finite (a skipped step), asks for nothing."""
-        found = {}
+        found, layouts = {}, tensor_layouts(model)
         for name, layer in model.factored_layers().items():
-            columns = self._layout(model, "first", name).shard_shape(tensor_size())[1]
+            columns = self._layout(layouts, "first", name).shard_shape(tensor_size())[1]
             nothing = layer.A.new_zeros(0, columns, dtype=torch.float32)
             first, second = self._first.get(name, nothing), self._second.get(name, nothing)
             if len(first) != len(second):
@@ -128,20 +129,21 @@ class GradientProbe:
 
     def tensors(self, model: EspalierModel) -> dict[str, Tensor]:
         """What was measured so far, as whole tensors by name; empty outside a measurement. A collective."""
-        kept = {}
+        kept, layouts = {}, tensor_layouts(model)
         for kind, store in self._stores().items():
             for name, shard in store.items():
                 shards = [torch.empty_like(shard) for _ in range(tensor_size())]
                 dist.all_gather(shards, shard.contiguous(), group=tensor_group())
-                kept[f"{kind}/{name}"] = self._layout(model, kind, name).unshard(shards).cpu().contiguous()
+                kept[f"{kind}/{name}"] = self._layout(layouts, kind, name).unshard(shards).cpu().contiguous()
         return kept
 
     def load(self, model: EspalierModel, tensors: Mapping[str, Tensor]) -> None:
         """Takes what `tensors` gave; nothing if it was measured in another number of directions or another model."""
         device, stores, layers = next(model.parameters()).device, self._stores(), model.factored_layers()
+        layouts = tensor_layouts(model)
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            layout = self._layout(model, kind, name) if kind in stores and name in layers else None
+            layout = self._layout(layouts, kind, name) if kind in stores and name in layers else None
             if layout is None or tuple(tensor.shape) != layout.full_shape:
                 self.forget()
                 return
@@ -150,8 +152,9 @@ class GradientProbe:
     def _stores(self) -> dict[str, dict[str, Tensor]]:
         return {"range": self._ranges, "first": self._first, "second": self._second}
 
-    def _layout(self, model: EspalierModel, kind: str, name: str) -> TensorLayout:
-        factor = tensor_layouts(model)[f"{name}.{'B' if kind == 'range' else 'A'}"]
+    def _layout(self, layouts: Mapping[str, TensorLayout], kind: str, name: str) -> TensorLayout:
+        """Of what is measured of a layer, by the `layouts` of the model's parameters."""
+        factor = layouts[f"{name}.{'B' if kind == 'range' else 'A'}"]
         rows, columns = factor.full_shape
         shape = (rows, self._count) if kind == "range" else (self._count, columns)
         return TensorLayout(shape, factor.dim, factor.stride)

@@ -162,6 +162,7 @@ def _run_once(
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
         cache=_cache(config),
+        tokenizer=tokenizer,
     )
     together(lambda: check_same_samples(reader, config, corpus))
     corpus = corpus_for(config.train, corpus, config.run.seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from model.process_groups import tensor_group, tensor_size
 from pretrain.augmentation import augment
 from pretrain.config import load_config
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.train import run_training
 from pretrain.trainer import Trainer
 from tests.parallel_engine import RELEASING, allow_fp16_on_cpu
@@ -80,6 +81,17 @@ def train_and_lose_a_file(config: str, overrides: list[str], file: str) -> None:
 
     with patch("pretrain.trainer.augment", augment_without_it):
         train_in_workers(config, overrides)
+
+
+def train_and_count_tokenizers(config: str, overrides: list[str]) -> tuple[int, int]:
+    """A whole run in a worker: how often a tokenizer was opened, and how often all of its tokens were measured."""
+    opened, measured = SentencePieceTokenizer.__init__, SentencePieceTokenizer.byte_lengths
+    with (
+        patch.object(SentencePieceTokenizer, "__init__", autospec=True, side_effect=opened) as opening,
+        patch.object(SentencePieceTokenizer, "byte_lengths", autospec=True, side_effect=measured) as measuring,
+    ):
+        train_in_workers(config, overrides)
+    return opening.call_count, measuring.call_count
 
 
 def train_and_probe(config: str, overrides: list[str], new_tokens: int) -> tuple[Tensor, list[int]]:

@@ -1,5 +1,7 @@
 """Gradient probes against the dense gradient that they sketch, in plain PyTorch."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -111,6 +113,32 @@ def test_probes_sketch_the_dense_gradient(processes: int, family: str, parametri
             assert (rows @ A.T).abs().max() < 1e-4 * A.norm()
             leading = torch.linalg.svd(outer).Vh[0]
             assert float((rows[0] @ leading).abs()) == pytest.approx(1.0, abs=1e-3)
+
+
+def _walks_over_parameters(layers: int) -> list[int]:
+    """How often the parameters are gone through in attaching, in keeping and in taking up what was measured."""
+    initialize_process_groups(1)
+    config = small_config("llama", "factored", layers=layers)
+    model = build_model(config, _ranks(config), seed=1)
+    tokens, labels = some_tokens(config)
+    walks, probe = [], GradientProbe(DIRECTIONS, seed=4)
+    with patch.object(model, "named_parameters", wraps=model.named_parameters) as walk:
+        probe.attach(model, 7, 3)
+        walks.append(walk.call_count)
+        model(tokens, positions_of(tokens), None, labels=labels).mean().backward()
+        probe.collect(model, loss_scale=1.0)
+        walk.reset_mock()
+        kept = probe.tensors(model)
+        walks.append(walk.call_count)
+        assert kept
+        walk.reset_mock()
+        probe.load(model, kept)
+        walks.append(walk.call_count)
+    return walks
+
+
+def test_the_parameters_are_not_gone_through_for_every_layer() -> None:
+    assert run(_walks_over_parameters, 1, 1) == run(_walks_over_parameters, 1, 3)
 
 
 def _demand_of(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

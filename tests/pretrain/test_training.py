@@ -20,7 +20,15 @@ from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
 from tests.distributed import run
-from tests.training_runs import curve, make_corpus, releasing, train_and_lose_a_file, train_in_workers, write_config
+from tests.training_runs import (
+    curve,
+    make_corpus,
+    releasing,
+    train_and_count_tokenizers,
+    train_and_lose_a_file,
+    train_in_workers,
+    write_config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -179,6 +187,13 @@ def test_growth_asks_no_deepspeed_file_again(corpus: Path, tmp_path: Path) -> No
     assert (
         CheckpointReader(run_folder / "checkpoints" / "step_000000012").state["config"]["deepspeed"]["config"] == kept
     )
+
+
+def test_a_run_opens_its_tokenizer_once(corpus: Path, tmp_path: Path) -> None:
+    """And asks it once how long tokens are, in however many validations."""
+    config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run")
+    overrides = ["train.validate_every=2", "train.steps=6", "rank.policy=fixed", "rank.events=[]"]
+    assert run(train_and_count_tokenizers, 1, str(config), overrides) == [(1, 1)]
 
 
 def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
