@@ -47,7 +47,7 @@ _BUFFERS = re.compile(
 def open_source(folder: Path, *, sequence_length: int | None = None, tokenizer: Path | None = None) -> DenseSource:
     """The model in `folder`, checked; `CheckpointError` in one sentence if it is none that can be imported.
 
-    `sequence_length` changes the longest sequence; `tokenizer` is a sentencepiece model in place of the folder's.
+    `sequence_length` changes the longest sequence; `tokenizer` is one in place of the folder's.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: give the folder of a model as --input")

@@ -4,7 +4,7 @@ Process 0 has an active monitor; those of the other processes do nothing, so the
 counts the optimizer steps taken.
 
 Training never ends because it could not be shown: a writer that fails with an OSError (a full disk) is warned about
-once and left alone, and this is the one place where an OSError is caught. A failed checkpoint is another matter.
+once and left alone from then on. A failed checkpoint is another matter (`pretrain/saving.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -21,6 +21,9 @@ from pretrain.checkpoint_writer import CheckpointWrite
 from pretrain.errors import CheckpointError
 from pretrain.health import reach
 
+_NO_HOST_MEMORY = "DefaultCPUAllocator"
+"""In what torch says when the host has no memory left; it has no class of its own for that, and raises RuntimeErrors of
+the same class when a device fails."""
 Report = Callable[..., None]
 """`report(kind, step, **facts)`: `Monitor.event`."""
 
@@ -34,7 +37,9 @@ class _Pending:
         try:
             copies = [replace(one, values=one.values.detach().to("cpu", copy=True)) for one in fragments]
         except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
+            if isinstance(error, RuntimeError) and _NO_HOST_MEMORY not in str(error):
+                raise
+            reason = next(iter(str(error).splitlines()), "MemoryError")
             write.fail(CheckpointError(f"host memory does not hold a copy ({reason}): set checkpoint.background=false"))
         self.began = time.perf_counter()
         self.written_seconds = 0.0

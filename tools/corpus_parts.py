@@ -123,10 +123,6 @@ class PartFolder:
             parts.append((prefix, facts))
         return parts
 
-    def is_complete(self, unit: Unit) -> bool:
-        parts = self.complete_parts(unit)
-        return bool(parts) and parts[-1][1].ends_unit
-
     def write(self, encoded: Iterable[Encoded], units: Sequence[Unit], token_type: Any) -> Iterator[Encoded]:
         """Writes parts as they come, and hands everything on; what is no whole part is lost if this ends early."""
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

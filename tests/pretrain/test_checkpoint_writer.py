@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -23,8 +23,10 @@ from safetensors import safe_open
 from model.sharding import TensorLayout
 from pretrain.checkpoint_format import KEYS, MANIFEST_NAME, Fragment
 from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
+from pretrain.checkpoint_writer import CheckpointWrite, Content
 from pretrain.errors import CheckpointError
 from pretrain.retention import Retention
+from pretrain.saving import Saver
 from tests.distributed import run
 from tests.pretrain.checkpoint_cases import LAYOUTS, STATE, hidden_names, logical, own_fragments, save
 
@@ -59,6 +61,40 @@ def test_round_trip(tmp_path: Path, processes: int, tensor_size: int) -> None:
     assert len(reader.manifest.shards) == processes
     assert (tmp_path / "latest").read_text() == "step_000000007\n"
     assert hidden_names(tmp_path) == []
+
+
+def _saved_beside(root: Path, values: torch.Tensor) -> list[dict[str, Any]]:
+    """What a save beside the training reports, whose one fragment is `values`."""
+    reported: list[dict[str, Any]] = []
+
+    def begin(resources: contextlib.ExitStack) -> tuple[CheckpointWrite, list[Fragment]]:
+        write = CheckpointWrite(Content(root, 1, LAYOUTS, STATE, 0, 1, {}), Retention(2))
+        return write, [Fragment("embedding.weight", "master", 0, values)]
+
+    saver = Saver(beside=True, failures=2, report=lambda kind, step, **facts: reported.append({"kind": kind, **facts}))
+    saver.save(begin, 1)
+    saver.finish()
+    return reported
+
+
+def test_a_copy_for_which_there_is_no_memory_is_a_failed_save(tmp_path: Path) -> None:
+    (failed,) = _saved_beside(tmp_path, torch.zeros(1).expand(2**48))
+    assert failed["kind"] == "save_failed"
+    assert "host memory does not hold a copy (" in failed["error"]
+    assert "set checkpoint.background=false" in failed["error"]
+
+
+def test_a_copy_that_fails_in_another_way_is_no_lack_of_memory(tmp_path: Path) -> None:
+    """As when a device has failed; what cannot be copied here is a tensor without numbers."""
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        _saved_beside(tmp_path, torch.zeros(4, device="meta"))
+
+
+def test_a_write_counts_its_fragments(tmp_path: Path) -> None:
+    write = CheckpointWrite(Content(tmp_path, 1, LAYOUTS, STATE, 0, 1, {}), Retention(2))
+    write.write(own_fragments(1, 1))
+    assert write.fragments_written == len(KEYS) * len(LAYOUTS)
+    assert CheckpointReader(write.commit()).layouts == LAYOUTS
 
 
 def test_without_a_process_group(tmp_path: Path) -> None:
