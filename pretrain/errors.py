@@ -63,8 +63,18 @@ def agreed(message: str) -> NumericalError:
     return error
 
 
+def _leave_own_folder_out() -> None:
+    """Takes the script's folder off the path, where Python puts it first: scripts beside it (`tools/evaluate.py`) would
+    hide libraries of the same name from what imports these later. Modules of ours are imported by their whole name."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None:
+        own = os.path.realpath(os.path.dirname(os.path.abspath(script)))
+        sys.path[:] = [folder for folder in sys.path if not folder or os.path.realpath(folder) != own]
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line entry; an `EspalierError` becomes one line on stderr and its exit code."""
+    _leave_own_folder_out()
     try:
         main()
     except EspalierError as error:
