@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from model.process_groups import initialize_process_groups
-from pretrain.config import RunConfig, load_config, print_config
+from pretrain.config import RunConfig, load_config
 from pretrain.corpus import open_corpus
 from pretrain.device_settings import collective_timeout
 from pretrain.engine import release_free_memory, tear_down
@@ -34,6 +34,7 @@ from pretrain.resume import check_origin, check_same_samples, open_newest, progr
 from pretrain.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.run_lock import LOCK_FILE, locked
 from pretrain.saving import Saver
+from pretrain.setting_list import print_config
 from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer, open_tokenizer
 from pretrain.trainer import Trainer, validation_samples
