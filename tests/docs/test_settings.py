@@ -12,7 +12,14 @@ from pretrain.setting_list import commented, sections
 from tools.settings_page import PAGE, SCHEMA, page, schema_text
 
 CONFIGS = sorted(SCHEMA.parent.glob("*.yaml"))
-TYPES = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "object": dict, "array": (list, tuple)}
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "boolean": bool,
+    "object": dict,
+    "array": (list, tuple),
+}
 SETTINGS = [setting for section in sections() for setting in section.settings]
 
 
