@@ -118,7 +118,7 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _raised_calls(tree: ast.Module, *, settings: bool) -> Iterator[tuple[ast.Call, dict[str, str]]]:
-    """Calls that make an error with a message, whether raised there or a line later, and what names around them mean."""
+    """Calls that make an error with a message, whether raised there or a line later, and what local names mean."""
     kinds = RAISED | MAKERS.keys() | ({"ValueError"} if settings else set())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     local = {id(inner): _local_texts(function) for function in functions for inner in ast.walk(function)}
