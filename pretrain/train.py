@@ -200,7 +200,7 @@ def _run_once(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a model whose ranks grow.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of an installed config")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved settings, with what each does, and exit")
+    parser.add_argument("--print-config", action="store_true", help="show all settings, what each does, and exit")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the file")
     arguments = parser.parse_intermixed_args()
