@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="espalier",
-    version="0.1.0",
+    version="0.2.0",
     description="Pretrains transformers whose weights are low-rank products, and grows their ranks while they train",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -12,7 +12,7 @@ setup(
     packages=find_packages(
         include=["configs", "launch", "model", "model.*", "pretrain", "pretrain.*", "tools", "tools.*"]
     ),
-    package_data={"configs": ["*.yaml", "deepspeed/*.json"], "launch": ["*.sh", "*.sbatch", "*.yaml"]},
+    package_data={"configs": ["*.yaml", "schema.json", "deepspeed/*.json"], "launch": ["*.sh", "*.sbatch", "*.yaml"]},
     install_requires=[
         "accelerate>=1.10",
         "deepspeed>=0.19.8,<0.20",

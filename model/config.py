@@ -28,26 +28,70 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: Family = "llama"
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(256, ge=8)
-    heads: int = Field(4, ge=1)
-    query_groups: int = Field(0, ge=0, description="key/value heads; 0: as many as heads")
+    family: Family = Field(
+        "llama",
+        description="llama (RMSNorm, rotary positions, SwiGLU, grouped queries, no biases) or gpt2 (LayerNorm, "
+        "learned positions, GELU, biases, tied embeddings)",
+    )
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    hidden: int = Field(256, ge=8, description="width of the residual stream, a multiple of model.heads")
+    heads: int = Field(4, ge=1, description="attention heads")
+    query_groups: int = Field(
+        0, ge=0, description="key/value heads (llama); 0: as many as heads. Fewer of them make generation cheaper"
+    )
     ffn: int = Field(0, ge=0, description="inner width of the MLP; 0: 4 x hidden (gpt2), 8/3 x hidden up to 64 (llama)")
     sequence_length: int = Field(256, ge=2, description="longest sequence, and the one trained on")
-    vocabulary: int = Field(0, ge=0, description="tokens in the tokenizer; 0: taken from data.tokenizer")
-    vocabulary_multiple: int = Field(128, ge=1, description="the embedding is padded to it, whatever the layout")
-    parametrization: Parametrization = "factored"
-    factored_layers: Literal["all", "mlp"] = Field("all", description="which linear layers are factored")
-    trained: Literal["all", "factors"] = Field(
-        "all", description="factors: A and B alone, all else keeps its initial value; additive only"
+    vocabulary: int = Field(
+        0,
+        ge=0,
+        description="rows of the embedding before padding; 0: as many as data.tokenizer has tokens. Set it for a "
+        "published model that has more",
     )
-    bidirectional: bool = Field(False, description="attention in both directions; set by train.objective=mlm")
-    attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    initial_std: float = Field(0.02, gt=0.0, description="of a dense weight's initial entries")
-    norm_epsilon: float = Field(1e-5, gt=0.0)
-    rope_base: float = Field(10000.0, gt=1.0)
+    vocabulary_multiple: int = Field(
+        128, ge=1, description="the embedding is padded to a multiple of it, whatever the layout"
+    )
+    parametrization: Parametrization = Field(
+        "factored",
+        description="factored: weights are B·A; additive: a frozen dense weight beside B·A; dense: "
+        "megatron-core's own layers, the baseline",
+    )
+    factored_layers: Literal["all", "mlp"] = Field(
+        "all", description="which linear layers are factored: all, or those of the MLPs alone, as in InRank's paper"
+    )
+    trained: Literal["all", "factors"] = Field(
+        "all", description="factors: A and B alone, all else keeps its initial value, as LoRA does; for additive models"
+    )
+    bidirectional: bool = Field(
+        False, description="attention in both directions. Set by train.objective mlm; leave it out"
+    )
+    attention_dropout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the attention weights that training sets to zero. For texts that are seen many times",
+    )
+    hidden_dropout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the embedding and of each block's outputs that training sets to zero. For texts "
+        "that are seen many times",
+    )
+    initial_std: float = Field(
+        0.02,
+        gt=0.0,
+        description="standard deviation of a dense weight's initial entries; factors begin as the decomposition "
+        "of such a weight",
+    )
+    norm_epsilon: float = Field(
+        1e-5, gt=0.0, description="number added to the variance in every norm. Only to match a published model"
+    )
+    rope_base: float = Field(
+        10000.0,
+        gt=1.0,
+        description="base of the rotary positions' wavelengths (llama). Only to match a published model, or for "
+        "long sequences",
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ModelConfig":

@@ -28,49 +28,93 @@ class _Section(BaseModel):
 class RunSection(_Section):
     """The run itself."""
 
-    folder: str = Field("runs/default", min_length=1, description="where everything of the run is written")
-    seed: int = Field(1234, ge=0, description="of initial values, new directions, dropout and sample order")
+    folder: str = Field(
+        "runs/default",
+        min_length=1,
+        description="folder where everything of the run is written; one that holds a checkpoint is continued. One "
+        "folder a run; with many nodes on storage that all of them share",
+    )
+    seed: int = Field(
+        1234,
+        ge=0,
+        description="number behind initial values, new directions, dropout and the order of samples. Change it to "
+        "repeat a run with other random numbers; a resumed run keeps it",
+    )
 
 
 class ParallelConfig(_Section):
     """How the model is split."""
 
-    tensor: int = Field(1, ge=1, description="processes that share one copy of the model")
+    tensor: int = Field(
+        1,
+        ge=1,
+        description="processes that share one copy of the model; the others are data-parallel. Raise it when one "
+        "process cannot hold the model",
+    )
 
 
 class TrainConfig(_Section):
     """Objective, length of the run, batches, precision, and when to report."""
 
     objective: Literal["causal", "mlm"] = Field(
-        "causal", description="predict the next token, or (mlm) hidden tokens from both sides"
+        "causal",
+        description="causal: predict the next token; mlm: predict hidden tokens from both sides (docs/masked-lm.md)",
     )
     mask_probability: float | None = Field(
         None, gt=0.0, lt=1.0, description="share of the tokens that mlm hides; none: 0.15"
     )
-    steps: int = Field(1000, ge=1, description="optimizer steps of the run")
-    micro_batch: int = Field(8, ge=1, description="sequences per data-parallel process and micro-step")
-    global_batch: int = Field(32, ge=1, description="sequences per step over all processes")
+    steps: int = Field(1000, ge=1, description="optimizer steps of the run. A complete run goes on when it is raised")
+    micro_batch: int = Field(
+        8,
+        ge=1,
+        description="sequences per data-parallel process and micro-step. Lower it when memory is short: results "
+        "change by rounding alone",
+    )
+    global_batch: int = Field(
+        32,
+        ge=1,
+        description="sequences per step over all processes, a multiple of train.micro_batch times the "
+        "data-parallel processes",
+    )
     batch_ramp: BatchRamp | None = Field(
-        None, description="a global batch that grows to train.global_batch; none: constant"
+        None, description="global batch that grows to train.global_batch; none: constant"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of weights and arithmetic; masters are fp32"
+        "fp32",
+        description="type of weights and arithmetic; masters are fp32. 16 bits halve the memory of weights and "
+        "activations and need ZeRO 1 or higher; bf16 has the range of fp32, fp16 needs a loss scale",
     )
     tf32: bool = Field(
-        False, description="fp32 products on a GPU's tensor cores, operands rounded to 10 bits of mantissa"
+        False,
+        description="fp32 products on a GPU's tensor cores, operands rounded to 10 bits of mantissa. For "
+        "train.precision fp32, where speed counts more than digits",
     )
     deterministic: bool = Field(
-        False, description="the same bits in every run of the same layout, also on a GPU, where that costs time"
+        False,
+        description="the same bits in every run of the same layout, also on a GPU, where that costs time. Switch "
+        "it on to compare runs to the last bit (docs/reliability.md)",
     )
     recompute: Recompute = Field(
-        "none", description="in the backward pass: nothing, all but the bottlenecks (factors), or whole layers"
+        "none",
+        description="what the backward pass computes again: nothing (none), all but the bottlenecks and without "
+        "communicating (factors), or whole layers (layers). Try factors first when memory is short",
     )
     compile: bool = Field(
-        False, description="compiles the layers of a factored model with torch.compile, once for all ranks"
+        False,
+        description="compiles the layers of a factored model with torch.compile, once for all ranks; needs "
+        "parallel.tensor 1, ZeRO 0 to 2, no recomputation and no dropout. Whether it pays on a GPU is "
+        "open",
     )
-    clip: float = Field(1.0, ge=0.0, description="largest norm of the whole gradient; 0: not clipped")
+    clip: float = Field(
+        1.0, ge=0.0, description="largest norm of the whole gradient; 0: not clipped. Lower it when the loss spikes"
+    )
     validate_every: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
-    validation_sequences: int = Field(64, ge=0, description="sequences per validation over all processes; 0: none")
+    validation_sequences: int = Field(
+        64,
+        ge=0,
+        description="sequences per validation over all processes; 0: none. More of them give a steadier loss and "
+        "take longer",
+    )
     log_every: int = Field(10, ge=1, description="steps between two log lines")
 
     @model_validator(mode="after")
@@ -95,41 +139,79 @@ class TrainConfig(_Section):
 class CheckpointConfig(_Section):
     """When checkpoints are written, and how many stay."""
 
-    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: int = Field(
+        500,
+        ge=0,
+        description="steps between checkpoints; 0: only at the end. A fault costs the steps since the last one",
+    )
     keep: int = Field(2, ge=2, description="newest checkpoints that stay; a single one could turn out damaged")
-    keep_every: int = Field(0, ge=0, description="checkpoints of steps that are multiples of it stay, too; 0: none")
+    keep_every: int = Field(
+        0,
+        ge=0,
+        description="checkpoints of steps that are multiples of it stay, too; 0: none. For models that are to be "
+        "looked at later",
+    )
     background: bool = Field(
-        False, description="write while training goes on, from a copy of masters and moments in host memory"
+        False,
+        description="write while training goes on, from a copy of masters and moments in host memory. It pays "
+        "where storage is slower than memory",
     )
     failures: int = Field(3, ge=1, description="saves in a row that may fail before the run ends")
     start_from: str | None = Field(
-        None, min_length=1, description="consolidated folder whose weights a new run starts from; none: from the seed"
+        None,
+        min_length=1,
+        description="consolidated or imported folder whose weights a new run starts from; none: from the seed "
+        "(docs/adaptation.md)",
     )
 
 
 class GuardConfig(_Section):
     """When a run turns back, gives up, or is taken for stuck."""
 
-    skips: int = Field(40, ge=1, description="steps in a row without a finite gradient, after which on_skips happens")
+    skips: int = Field(
+        40, ge=1, description="steps in a row without a finite gradient, after which guard.on_skips happens"
+    )
     on_skips: Literal["rollback", "stop"] = Field(
-        "rollback", description="go back to the newest checkpoint and leave out the samples since, or end the run"
+        "rollback",
+        description="go back to the newest checkpoint and leave out the samples since (rollback), or end the run "
+        "(stop)",
     )
     spike_window: int = Field(100, ge=0, description="losses that the next one is compared with; 0: no comparison")
-    spike_deviations: float = Field(12.0, gt=0.0, description="robust deviations above their median that are a leap")
-    on_spike: Literal["warn", "rollback", "stop"] = Field("warn", description="what happens then")
-    rollbacks: int = Field(3, ge=0, description="that one start of the run may take")
+    spike_deviations: float = Field(
+        12.0,
+        gt=0.0,
+        description="robust deviations above their median that make a loss spike. Raise it when ordinary losses "
+        "are reported",
+    )
+    on_spike: Literal["warn", "rollback", "stop"] = Field("warn", description="what happens after a loss spike")
+    rollbacks: int = Field(3, ge=0, description="rollbacks that one start of the run may take")
     hang_seconds: float = Field(
-        1800.0, ge=0.0, description="without progress, after which a process ends the run and says who hangs; 0: never"
+        1800.0,
+        ge=0.0,
+        description="time without progress after which a process ends the run and says who hangs; 0: never. It "
+        "must be longer than the longest step, save and compilation; lower it to notice lost nodes "
+        "sooner",
     )
 
 
 class DeepSpeedConfig(_Section):
     """ZeRO, and the user's own DeepSpeed file."""
 
-    stage: int = Field(1, description="ZeRO stage: 0, 1, 2 or 3")
-    offload_optimizer: bool = Field(False, description="masters and moments in host memory, and the step there")
+    stage: int = Field(
+        1,
+        description="ZeRO stage: what is split over data-parallel processes. 0: nothing (fp32 only); 1: masters "
+        "and moments; 2: gradients, too; 3: weights, too. Raise it when memory is short",
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="masters and moments in host memory, and the optimizer's step there; for ZeRO 1 to 3. When "
+        "the GPU's memory is short and time is not",
+    )
     config: str | dict[str, JsonValue] | None = Field(
-        None, description="DeepSpeed JSON file (path or installed name), or what it says; none: DeepSpeed's defaults"
+        None,
+        description="DeepSpeed JSON file of your own (a path), or zero1, zero2, zero3, zero2_offload, "
+        "zero3_offload, or what such a file says; none: DeepSpeed's defaults. It is read once, taken as it is, "
+        "kept in the run's config.yaml, and refused where it contradicts the run",
     )
 
     @field_validator("config", mode="before")
@@ -269,11 +351,6 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
-
-
-def print_config(config: RunConfig) -> None:
-    """Shows the resolved config."""
-    print(dump_config(config), end="")
 
 
 def check_same_architecture(saved: Mapping[str, Any], config: RunConfig) -> None:

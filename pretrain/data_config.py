@@ -20,11 +20,13 @@ class DataConfig(BaseModel):
         None, min_length=2, description="instead of data.prefix: several corpora, and the share of the samples of each"
     )
     validation: dict[str, str] = Field(
-        {}, description="held-out corpora by name; the first one's loss is the run's validation loss"
+        {},
+        description="held-out corpora by name; the first one's loss is the run's validation loss. Without any, "
+        "data.split holds documents out",
     )
     tokenizer: str = Field(
         min_length=1,
-        description="tokenizer (model file, tokenizer.json, or their folder) the corpora were written with",
+        description="tokenizer (model file, tokenizer.json, or their folder) that the corpora were written with",
     )
     split: str | None = Field(
         None,
@@ -32,10 +34,13 @@ class DataConfig(BaseModel):
         "data.validation",
     )
     within_documents: bool = Field(
-        False, description="positions begin anew at every document, and attention stays inside it"
+        False,
+        description="attention stays inside each document, and learned positions begin anew in it. For corpora of "
+        "short documents; on a CPU it costs a mask of length² numbers",
     )
     cache: str | None = Field(
-        None, description="folder for sample indices, one run's alone, made anew at every start; none: in run.folder"
+        None,
+        description="folder for sample indices, one run's alone, made anew at every start; none: in run.folder",
     )
 
     @property

@@ -88,10 +88,15 @@ def git_revision() -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a whole file, or leaves the old one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes a whole file, or leaves the old one."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with staging.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)

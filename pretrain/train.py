@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from model.process_groups import initialize_process_groups
-from pretrain.config import RunConfig, load_config, print_config
+from pretrain.config import RunConfig, load_config
 from pretrain.corpus import open_corpus
 from pretrain.deepspeed_config import with_deepspeed_file
 from pretrain.device_settings import collective_timeout
@@ -35,6 +35,7 @@ from pretrain.resume import check_origin, check_same_samples, open_newest, progr
 from pretrain.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.run_lock import LOCK_FILE, locked
 from pretrain.saving import Saver
+from pretrain.setting_list import print_config
 from pretrain.summary import summarize
 from pretrain.tokenizer import Tokenizer, open_tokenizer
 from pretrain.trainer import Trainer, validation_samples
@@ -202,7 +203,7 @@ def _run_once(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a model whose ranks grow.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of an installed config")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
+    parser.add_argument("--print-config", action="store_true", help="show all settings, what each does, and exit")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the file")
     arguments = parser.parse_intermixed_args()

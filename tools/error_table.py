@@ -24,6 +24,10 @@ BEGIN, END = "<!-- begin: tools/error_table.py -->", "<!-- end -->"
 ROOMS = ("launch", "model", "pretrain", "tools")
 RAISED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 MAKERS = {"agreed": "NumericalError"}
+TEXTS = (ast.JoinedStr, ast.IfExp)
+FEWEST_WORDS = 2
+"""Own words of a message that is worth a row."""
+HANDED_ON = "the end of the line says why"
 AREAS = {
     "Settings": "pretrain/(config|config_file|data_config|deepspeed_config|layout|fitting|plan|schedule|policies/.*)"
     "|model/config",
@@ -83,10 +87,12 @@ def messages() -> Iterator[Message]:
     constants = {name: text for tree in trees.values() for name, text in _constants(tree)}
     for name, tree in trees.items():
         area = next(heading for heading, pattern in AREAS.items() if re.fullmatch(pattern, name))
-        for call in _raised_calls(tree, settings=area == "Settings"):
-            text = _template(call.args[0], constants)
-            if re.search(r"[a-z]{3}", re.sub(r"\*[^*]*\*", "", text)):  # else it is another message, handed on
+        for call, local in _raised_calls(tree, settings=area == "Settings"):
+            text = _template(call.args[0], constants | local)
+            if len(_own_words(text)) >= FEWEST_WORDS:  # else it is another message, handed on
                 wrong, _, cure = text.rpartition(": ")
+                if cure and not _own_words(cure):
+                    cure = HANDED_ON
                 yield Message(area, wrong or cure, cure if wrong else "", _exit_code(call))
 
 
@@ -111,12 +117,30 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield from ((str(ast.unparse(target)), node.value.value) for target in node.targets)
 
 
-def _raised_calls(tree: ast.Module, *, settings: bool) -> Iterator[ast.Call]:
-    """Calls that make an error with a message, whether raised there or a line later."""
+def _raised_calls(tree: ast.Module, *, settings: bool) -> Iterator[tuple[ast.Call, dict[str, str]]]:
+    """Calls that make an error with a message, whether raised there or a line later, and what local names mean."""
     kinds = RAISED | MAKERS.keys() | ({"ValueError"} if settings else set())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    local = {id(inner): _local_texts(function) for function in functions for inner in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and node.args:
-            yield node
+            yield node, local.get(id(node), {})
+
+
+def _local_texts(function: ast.FunctionDef) -> dict[str, str]:
+    """Names that a function gives to a text, or to one of two, once."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, []).append(node.value)
+    once = {name: values[0] for name, values in found.items() if len(values) == 1}
+    texts = {name: _template(value, {}) for name, value in once.items() if isinstance(value, TEXTS)}
+    return {name: text for name, text in texts.items() if _own_words(text) and ": " not in text}
+
+
+def _own_words(text: str) -> list[str]:
+    """The words of a message that are always the same."""
+    return re.findall(r"[A-Za-z]{2,}", re.sub(r"\*[^*]*\*", "", text))
 
 
 def _exit_code(call: ast.Call) -> int:
@@ -135,6 +159,9 @@ def _template(node: ast.expr, constants: Mapping[str, str]) -> str:
         return _template(node.value, constants)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _template(node.left, constants) + _template(node.right, constants)
+    if isinstance(node, ast.IfExp):
+        either = [_template(branch, constants) for branch in (node.body, node.orelse)]
+        return " / ".join(text for text in either if text)
     if isinstance(node, ast.Name) and node.id in constants:
         return constants[node.id]
     return f"*{_name(node)}*"

@@ -28,7 +28,7 @@ from tools.race_runs import ROOT, Busy, Interrupted, Runner
 from tools.race_speed import measure
 from tools.race_text import prepare_text
 
-DEFAULT_RESULTS = ROOT / "docs" / "results.json"
+DEFAULT_RESULTS = ROOT / "docs" / "results.json.xz"
 _BUSY_SECONDS = 10.0
 
 
@@ -65,11 +65,16 @@ def refuse_changed_methods(race: RaceConfig, records: Mapping[str, Mapping[str, 
             continue
         run = Run(record["method"], record["learning_rate"], record["seed"], record["steps"])
         known = run.steps in (race.full_steps(run.method), race.short_steps(run.method))
-        if known and record["settings"] != run_settings(race, run):
+        if known and _learned_by(record["settings"]) != _learned_by(run_settings(race, run)):
             raise ConfigError(
                 f"{key} was run with other settings than method {run.method} has now: give the changed method another "
                 "name, or remove its runs from the results"
             )
+
+
+def _learned_by(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of a run's parts without those of its checkpoints, which change no figure."""
+    return [{name: section for name, section in part.items() if name != "checkpoint"} for part in settings]
 
 
 def run_all(race: RaceConfig, results: Results, runner: Runner, *, jobs: int, only: Sequence[str]) -> None:
@@ -165,7 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the race")
     parser.add_argument("--text", nargs="+", default=[], help="files of the text, needed once (text.files)")
     parser.add_argument("--work", type=Path, help="folder for texts and runs (runs/race/NAME)")
-    parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, help="raw figures (docs/results.json)")
+    parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, help="raw figures (docs/results.json.xz)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run these methods alone")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     action = parser.add_mutually_exclusive_group()

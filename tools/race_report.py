@@ -14,19 +14,21 @@ from pretrain.run_folder import replace_text
 from tools import race_figures
 from tools.race_entries import Curve, Entry, collect
 from tools.race_plan import RaceConfig, full_losses, loss_of, tuned_rate, tuning_losses
-from tools.race_results import Results
+from tools.race_results import COMPRESSED, Results, thinned
 
 MARKER = "<!-- Below: written by tools/race.py --report -->"
 _NONE = "–"
 
 
 def write_report(race: RaceConfig, results: Results) -> None:
-    """Writes the tables and the pictures."""
+    """Writes the tables and the pictures, and beside a compressed file of results a thinned one for people."""
     document = results.path.with_name("results.md")
     plan, marker, _ = document.read_text(encoding="utf-8").partition(MARKER) if document.is_file() else ("", "", "")
     if not marker:
         raise DataError(f"{document} has no line {MARKER}: write the plan of the race there, and that line behind it")
     content = results.read()
+    if results.path.suffix == COMPRESSED:
+        replace_text(results.path.with_suffix(""), thinned(content))
     entries = collect(race, content)
     images = document.parent / "images"
     images.mkdir(exist_ok=True)

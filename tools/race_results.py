@@ -6,6 +6,7 @@ blocks alone and once over the whole model; what an event says of its own arithm
 
 import fcntl
 import json
+import lzma
 import os
 import platform
 import statistics
@@ -20,9 +21,12 @@ from model.arithmetic import linear_parameters, total_parameters, training_flops
 from model.config import factored_projections
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import DataError
-from pretrain.run_folder import CONFIG_FILE, JsonLines, installed_versions, json_text, replace_text
+from pretrain.run_folder import CONFIG_FILE, JsonLines, installed_versions, json_text, replace_bytes
 
 FORMAT = 1
+COMPRESSED = ".xz"
+LARGEST_BYTES = 256 * 1024**2
+"""Bytes of a file of results, decompressed: more is taken for a file that only pretends to be one."""
 _STEP_KEYS = {"validation": "step", "ranks": "first_step", "layer_ranks": "step", "events": "step"}
 _OWN_ENTRIES = ("validation", "checkpoint", "resume")
 """Events that a record keeps as something else, or not at all."""
@@ -43,7 +47,8 @@ class Stretch:
 
 
 class Results:
-    """The file of results: one JSON object, written as a whole, by one process at a time."""
+    """The file of results: one JSON object, written as a whole, by one process at a time; compressed if its name ends
+    in `.xz`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,9 +58,9 @@ class Results:
         if not self.path.exists():
             return {"format_version": FORMAT, "runs": {}, "speed": {}}
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(self._bytes())
             known = content["format_version"] == FORMAT and isinstance(content["runs"], dict)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, EOFError, lzma.LZMAError) as error:
             raise DataError(
                 f"{self.path} is no file of race results: mend it or name another with --results"
             ) from error
@@ -69,7 +74,49 @@ class Results:
         with locked(self.path.parent):
             content = self.read()
             content[section][key] = record
-            replace_text(self.path, json_text(content, indent=1) + "\n")
+            self.write(content)
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Replaces the file."""
+        stored = (json_text(content, indent=1) + "\n").encode()
+        replace_bytes(self.path, lzma.compress(stored) if self.path.suffix == COMPRESSED else stored)
+
+    def _bytes(self) -> bytes:
+        """The JSON text; ValueError if there is more of it than any race writes."""
+        if self.path.suffix != COMPRESSED:
+            return self.path.read_bytes()
+        with lzma.open(self.path) as file:
+            content = file.read(LARGEST_BYTES + 1)
+        if len(content) > LARGEST_BYTES:
+            raise ValueError(f"more than {LARGEST_BYTES} bytes")
+        return content
+
+
+def thinned(content: Mapping[str, Any]) -> str:
+    """The same results for people, as JSON with a run a line: what a run was, its losses and ranks by step, what it
+    cost. Settings, events, ranks by layer and versions are left out."""
+    runs = ",\n".join(f"  {json.dumps(key)}: {json_text(_thin_run(run))}" for key, run in content["runs"].items())
+    speed = ",\n".join(
+        f"  {json.dumps(key)}: {json_text({name: facts[name] for name in ('kind', 'rank', 'step_seconds')})}"
+        for key, facts in content["speed"].items()
+    )
+    return f'{{"format_version": {FORMAT},\n "runs": {{\n{runs}\n }},\n "speed": {{\n{speed}\n }}\n}}\n'
+
+
+def _thin_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: run[name] for name in ("method", "learning_rate", "seed", "steps", "diverged", "validation_loss")},
+        "loss_by_step": [[point["step"], round(point["loss"], 4)] for point in run["validation"]],
+        "mean_rank_from_step": [
+            [stretch["first_step"], stretch["mean_rank"] and round(stretch["mean_rank"], 2)] for stretch in run["ranks"]
+        ],
+        "block_parameters": run["ranks"][-1]["linear_parameters"],
+        "block_flops": run["end"]["linear_flops"],
+        "flops": run["end"]["flops"],
+        "tokens": run["end"]["tokens"],
+        "step_seconds": run["step_seconds"],
+        "commit": run["commit"][:12],
+    }
 
 
 @contextmanager

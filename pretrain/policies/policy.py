@@ -49,10 +49,17 @@ class RankConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     policy: Literal["fixed", "schedule", "explained_ratio", "excess_explained_ratio", "gradient"] = Field(
-        "fixed", description="who decides"
+        "fixed", description="who decides: nobody (fixed), a list (schedule), or a rule that measures (docs/ranks.md)"
     )
-    initial: int = Field(64, ge=1, description="rank of every factored layer at the start")
-    quantum: int = Field(16, ge=1, description="grown ranks are multiples of it")
+    initial: int = Field(
+        64,
+        ge=1,
+        description="rank of every factored layer at the start. An eighth to a quarter of model.hidden is a "
+        "beginning; higher where ranks stay fixed",
+    )
+    quantum: int = Field(
+        16, ge=1, description="grown ranks are multiples of it. Multiples of 16 suit kernels and tensor parallelism"
+    )
     check_every: int = Field(
         0,
         ge=0,
@@ -60,30 +67,45 @@ class RankConfig(BaseModel):
     )
     start_step: int = Field(0, ge=0, description="no growth before it")
     stop_step: int | None = Field(
-        None, ge=0, description="no growth after it; none: a quarter of train.steps after start_step"
+        None,
+        ge=0,
+        description="no growth after it; none: a quarter of train.steps after rank.start_step. Late growth did "
+        "worse in our race",
     )
     events: tuple[RankEvent, ...] = Field((), description="steps and ranks, for policy schedule")
     buffer: int = Field(16, ge=2, description="directions beyond the used rank, for the explained-ratio policies")
     threshold: float = Field(
-        0.9, gt=0.0, lt=1.0, description="explained ratio that suffices, for all policies that look at spectra"
+        0.9,
+        gt=0.0,
+        lt=1.0,
+        description="explained ratio that suffices, for all policies that look at spectra. Higher: more growth",
     )
     budget: float | None = Field(
         None,
         gt=0.0,
         le=1.0,
-        description="most that factors may cost, as a share of the dense weights (additive: besides these)",
+        description="most that factors may cost, as a share of the dense weights (additive: besides these); none: "
+        "no bound but that of the layers",
     )
     budget_unit: Literal["parameters", "flops"] = Field(
         "parameters", description="what the budget counts: parameters at any time, or FLOPs of the whole run"
     )
     probe: int = Field(16, ge=1, description="directions of the gradient that policy gradient measures")
     directed: bool = Field(
-        True, description="new rows of A along the measured gradient, for policy gradient; false: random"
+        True, description="new rows of A along the measured gradient, for policy gradient; false: random, as a control"
     )
     truncate: float = Field(
-        0.0, ge=0.0, lt=1.0, description="energy share of the smallest directions that measuring policies cut off"
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the energy below which measuring policies cut the smallest directions off; 0: ranks "
+        "never fall",
     )
-    track: bool = Field(False, description="log spectra of updates, gradients and representations at every validation")
+    track: bool = Field(
+        False,
+        description="log spectra of updates, gradients and representations at every validation. To study how a "
+        "run learns, dense ones included",
+    )
 
 
 @dataclass(frozen=True)

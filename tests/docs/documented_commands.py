@@ -1,4 +1,4 @@
-"""The commands in the shell blocks of README.md and docs/."""
+"""The commands in the shell blocks of README.md, CONTRIBUTING.md and docs/."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _PLACEHOLDER = re.compile(r"(.*[=/])?[A-Z]{2,}$|\.\.\.$")
 

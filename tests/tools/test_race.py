@@ -16,6 +16,7 @@ import pytest
 from model.config import ModelConfig
 from pretrain.config import parse_config
 from pretrain.errors import ConfigError, DataError, EspalierError
+from tools import race_results
 from tools.race import overview, refuse_changed_methods
 from tools.race_entries import Curve, Entry
 from tools.race_plan import Run, best_rate, due_runs, full_losses, load_race, missing_rates, run_settings, tuned_rate
@@ -217,6 +218,8 @@ def test_a_changed_method_is_refused(tmp_path: Path) -> None:
     run = Run("dense", 1e-3, 1, 4)
     records = {run.key: record(run, 4.0, settings=run_settings(race, run))}
     refuse_changed_methods(race, records)
+    rarely = load_race(write_race(tmp_path / "rarely.yaml", settings={**RACE["settings"], "checkpoint": {"every": 3}}))
+    refuse_changed_methods(rarely, records)
     other = load_race(write_race(tmp_path / "other.yaml", settings={**RACE["settings"], "rank": {"quantum": 1}}))
     with pytest.raises(ConfigError, match=r"dense/lr0\.001_seed1_steps4 was run with other settings"):
         refuse_changed_methods(other, records)
@@ -336,12 +339,13 @@ def test_every_kind_of_model_is_timed(tmp_path: Path) -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_results_keep_what_another_race_wrote(tmp_path: Path) -> None:
-    ours, theirs = Results(tmp_path / "results.json"), Results(tmp_path / "results.json")
+@pytest.mark.parametrize("name", ["results.json", "results.json.xz"])
+def test_results_keep_what_another_race_wrote(tmp_path: Path, name: str) -> None:
+    ours, theirs = Results(tmp_path / name), Results(tmp_path / name)
     ours.add("runs", "a", {"loss": 1.0})
     theirs.add("runs", "b", {"loss": math.inf})
     assert ours.read()["runs"] == {"a": {"loss": 1.0}, "b": {"loss": None}}
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 9, "runs": {}, "speed": {}}'])
@@ -349,6 +353,20 @@ def test_other_files_are_no_results(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(DataError, match="--results"):
         Results(tmp_path / "results.json").read()
+
+
+def test_damaged_and_bottomless_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path / "results.json.xz")
+    results.add("runs", "a", {"loss": 1.0})
+    whole = results.path.read_bytes()
+    for content in (b"", b"{}", whole[:-20]):
+        results.path.write_bytes(content)
+        with pytest.raises(DataError, match="--results"):
+            results.read()
+    results.path.write_bytes(whole)
+    monkeypatch.setattr(race_results, "LARGEST_BYTES", 50)
+    with pytest.raises(DataError, match="--results"):
+        results.read()
 
 
 def test_only_the_first_race_removes_the_lock_of_a_killed_compilation(tmp_path: Path) -> None:
