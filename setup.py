@@ -39,6 +39,7 @@ setup(
     extras_require={
         "evaluation": ["lm_eval[hf]==0.4.11"],
         "test": [
+            "import-linter>=2.4",
             "mypy>=1.15",
             "peft>=0.18",
             "pytest>=8.1",

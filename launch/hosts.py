@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import RunConfig
+from pretrain.config.run import RunConfig
 from pretrain.errors import ConfigError
 
 SSH_SECONDS = 5

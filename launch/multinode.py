@@ -26,9 +26,9 @@ from launch.exports import exported, refuse_stale_files, with_exports, write_exp
 from launch.follower import Follower
 from launch.hosts import SSH, Host, read_hosts, silences
 from launch.preflight import TRAINING_PORT
-from pretrain.config import RunConfig, load_config
+from pretrain.config.run import RunConfig, load_config
 from pretrain.errors import ConfigError, HangError, run_command
-from pretrain.run_folder import LOGS_FOLDER
+from pretrain.monitor.run_folder import LOGS_FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = {"pdsh": "pdsh", "openmpi": "ompi_info"}

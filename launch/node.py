@@ -23,9 +23,9 @@ from launch.follower import Follower
 from launch.hosts import Host, write_hosts
 from launch.preflight import TRAINING_PORT
 from launch.supervise import training_processes
-from pretrain.config import load_config
+from pretrain.config.run import load_config
 from pretrain.errors import ConfigError, run_command
-from pretrain.run_folder import LOGS_FOLDER
+from pretrain.monitor.run_folder import LOGS_FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from model.arithmetic import total_parameters, trained_parameters
-from pretrain.checkpoint_format import FP32_BYTES, KEYS
-from pretrain.config import RunConfig, dump_config
+from model.costs.arithmetic import total_parameters, trained_parameters
+from pretrain.checkpoint.format import FP32_BYTES, KEYS
+from pretrain.config.run import RunConfig, dump_config
 from pretrain.device_check import check_device
 from pretrain.errors import ConfigError
-from pretrain.rank_outlook import moments
-from pretrain.run_folder import git_revision, installed_versions
-from pretrain.tokenizer import main_file
+from pretrain.monitor.run_folder import git_revision, installed_versions
+from pretrain.planning.rank_outlook import moments
+from pretrain.tokenizer.base import main_file
 
 CORPUS_SUFFIXES = (".bin", ".idx", ".json")
 

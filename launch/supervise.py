@@ -29,10 +29,10 @@ from types import FrameType
 import psutil
 
 from launch.hosts import most_that_divide, read_hosts, silences, write_hosts
-from pretrain.checkpoint_reader import step_folders
-from pretrain.config import RunConfig, load_config
+from pretrain.checkpoint.reader import step_folders
+from pretrain.config.run import RunConfig, load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.faults import LIFE
+from pretrain.resilience.fault_injection import LIFE
 
 FINAL_CODES = {0, 2, 3, 4, 130, 138, 143}
 LONGEST_WAIT_SECONDS = 300.0

@@ -4,7 +4,7 @@ All of them work on contiguous copies of their own: megatron-core 0.16.1's `_red
 returns `x`, so a slice or an expanded gradient would come back unreduced without a word.
 
 `copy_to_group` is Megatron's f (Shoeybi et al. 2019, section 3): the identity forward, and a sum backward. The
-collectives of a bottleneck are in `model/bottleneck.py`.
+collectives of a bottleneck are in `model/layers/bottleneck.py`.
 """
 
 from typing import Any

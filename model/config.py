@@ -14,7 +14,7 @@ Family = Literal["llama", "gpt2"]
 Parametrization = Literal["dense", "factored", "additive"]
 ProjectionKind = Literal["qkv", "proj", "fc1", "fc2"]
 Recompute = Literal["none", "factors", "layers"]
-"""What a layer computes again in its backward pass (`model/recomputation.py`)."""
+"""What a layer computes again in its backward pass (`model/layers/recomputation.py`)."""
 
 
 def round_up(number: int, multiple: int) -> int:

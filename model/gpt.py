@@ -26,22 +26,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from model.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParallelLinear
-from model.attention import ScaledDotProductAttention, prefer_fast_kernels
 from model.collectives import all_gathered
 from model.config import ModelConfig, Projection, Recompute, check_recompute, factored_projections, projections
-from model.cross_entropy import HiddenPadding, split_vocabulary_losses, whole_vocabulary_losses
-from model.dense_in_stream import StreamColumnParallelLinear, StreamRowParallelLinear
-from model.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
-from model.embedding import StreamEmbedding
-from model.factored_linear import FactoredLinear
 from model.initialization import initial_tensor
+from model.layers.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParallelLinear
+from model.layers.attention import ScaledDotProductAttention, prefer_fast_kernels
+from model.layers.cross_entropy import HiddenPadding, split_vocabulary_losses, whole_vocabulary_losses
+from model.layers.dense_in_stream import StreamColumnParallelLinear, StreamRowParallelLinear
+from model.layers.dropout import BiasDropoutAdd, CounterDropout, DropoutCounter
+from model.layers.embedding import StreamEmbedding
+from model.layers.factored_linear import FactoredLinear
+from model.layers.recomputation import RecomputedLayer
+from model.layers.rotary import RotaryPositions
+from model.layers.sharded_norm import NormKind, ShardedNorm, mark_sharded
+from model.layers.swiglu import SwiGLU
 from model.process_groups import tensor_index, tensor_size
-from model.recomputation import RecomputedLayer
-from model.rotary import RotaryPositions
-from model.sharded_norm import NormKind, ShardedNorm, mark_sharded
 from model.sharding import TensorLayout
-from model.swiglu import SwiGLU
 
 LayerWithFactors = FactoredLinear | AdditiveColumnParallelLinear | AdditiveRowParallelLinear
 """What has `A`, `B`, `rank`, `set_factors` and `probe`."""

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch
 
-from pretrain.config import RunConfig
+from pretrain.config.run import RunConfig
 from pretrain.errors import ConfigError
 
 ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -45,7 +45,7 @@ def settle_device(config: RunConfig | None) -> None:
 
 
 def start_kernels_in_order() -> None:
-    """For tensor parallelism: what `model/bottleneck.py` and megatron-core issue first also starts first."""
+    """For tensor parallelism: what `model/layers/bottleneck.py` and megatron-core issue first also starts first."""
     found = os.environ.setdefault(CONNECTIONS, "1")
     if found != "1":
         _warn(

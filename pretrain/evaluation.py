@@ -30,14 +30,14 @@ from torch.nn import functional
 from model.config import ModelConfig
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_index, data_size, device, tensor_index, tensor_size
-from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
-from pretrain.consolidated import FACTS_NAME, ConsolidatedModel, facts_of
+from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
+from pretrain.config.parallel import check_tensor_split
+from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel, facts_of
+from pretrain.convert.logit_comparison import load_transformers
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.layout import check_tensor_split
-from pretrain.logit_comparison import load_transformers
-from pretrain.loss_sums import LossSums, token_losses
-from pretrain.summary import perplexity
-from pretrain.tokenizer import main_file
+from pretrain.loss import LossSums, token_losses
+from pretrain.monitor.summary import perplexity
+from pretrain.tokenizer.base import main_file
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """Nats of every label `(batch, seq)`, from tokens and labels of that shape."""

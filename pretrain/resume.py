@@ -7,17 +7,17 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from pretrain.checkpoint_format import first_validation_error
-from pretrain.checkpoint_reader import CheckpointReader, step_folders
-from pretrain.config import RunConfig, check_same_architecture
-from pretrain.consolidated import facts_of
-from pretrain.corpus import Corpus
-from pretrain.data_config import DataConfig
+from pretrain.checkpoint.format import first_validation_error
+from pretrain.checkpoint.reader import CheckpointReader, step_folders
+from pretrain.config.data import DataConfig
+from pretrain.config.run import RunConfig, check_same_architecture
+from pretrain.convert.consolidated import facts_of
+from pretrain.data.corpus import Corpus
+from pretrain.distributed import is_first_process, together
 from pretrain.errors import CheckpointError
-from pretrain.initial_values import check_ranks, check_same_start, check_start
-from pretrain.processes import is_first_process, together
-from pretrain.progress import saved_progress
-from pretrain.tokenizer import Tokenizer
+from pretrain.growth.initial_values import check_ranks, check_same_start, check_start
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.train_state import saved_progress
 
 
 class _Counters(BaseModel):
@@ -43,7 +43,8 @@ class _Settings(BaseModel):
 
 
 class _State(BaseModel):
-    """What `Trainer` writes beside the model's facts (`pretrain/consolidated.py`), which are checked by themselves."""
+    """What `Trainer` writes beside the model's facts (`pretrain/convert/consolidated.py`), which are checked by
+    themselves."""
 
     model_config = ConfigDict(strict=True)
 

@@ -18,26 +18,26 @@ from itertools import count
 from pathlib import Path
 
 from model.process_groups import initialize_process_groups
-from pretrain.config import RunConfig, load_config
-from pretrain.corpus import open_corpus
-from pretrain.deepspeed_config import with_deepspeed_file
+from pretrain.checkpoint.saver import Saver
+from pretrain.config.run import RunConfig, load_config
+from pretrain.config.setting_list import print_config
+from pretrain.data.corpus import open_corpus
+from pretrain.data.masked_lm import corpus_for, mask_token
 from pretrain.device_settings import collective_timeout
-from pretrain.engine import release_free_memory, tear_down
+from pretrain.distributed import is_first_process, joined_processes, together
+from pretrain.engine.build import release_free_memory, tear_down
+from pretrain.engine.deepspeed_config import with_deepspeed_file
 from pretrain.errors import EspalierError, NumericalError, StopSignal, agreed, run_command
-from pretrain.guard import Guard, RollBack, Signals
-from pretrain.health import lost_peers_told, reach, watched
-from pretrain.memory_check import check_memory
-from pretrain.monitor import Monitor
-from pretrain.objective import corpus_for, mask_token
-from pretrain.processes import is_first_process, joined_processes, together
-from pretrain.progress import samples_of_the_run
+from pretrain.monitor.monitor import Monitor
+from pretrain.monitor.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
+from pretrain.monitor.summary import summarize
+from pretrain.planning.memory_check import check_memory
+from pretrain.resilience.guard import Guard, RollBack, Signals
+from pretrain.resilience.run_lock import LOCK_FILE, locked
+from pretrain.resilience.watchdog import lost_peers_told, reach, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
-from pretrain.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
-from pretrain.run_lock import LOCK_FILE, locked
-from pretrain.saving import Saver
-from pretrain.setting_list import print_config
-from pretrain.summary import summarize
-from pretrain.tokenizer import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.train_state import samples_of_the_run
 from pretrain.trainer import Trainer, validation_samples
 
 

@@ -1,7 +1,7 @@
 """What one run consists of, and its moves: a training step, a validation, an augmentation, a checkpoint.
 
 `Trainer` holds everything that lives as long as the run. What the policy is asked and told is in
-`pretrain/rank_control.py`, the loop that makes the moves in `pretrain/train.py`.
+`pretrain/growth/rank_control.py`, the loop that makes the moves in `pretrain/train.py`.
 """
 
 import math
@@ -24,34 +24,34 @@ from model.config import round_up
 from model.gpt import EspalierModel, build_model, tensor_layouts
 from model.process_groups import data_index, device, tensor_index, tensor_size
 from pretrain.agreement import NO_FLAGS, Flags, agree
-from pretrain.augmentation import GrowthRecord, augment
-from pretrain.checkpoint_format import KEYS, Fragment
-from pretrain.checkpoint_reader import CheckpointReader
-from pretrain.checkpoint_writer import CheckpointWrite, Content
-from pretrain.config import RunConfig
-from pretrain.corpus import Corpus, batch_at, micro_batch_start
-from pretrain.deepspeed_config import deepspeed_dict
-from pretrain.document_starts import model_inputs
-from pretrain.engine import build_engine, evaluating, set_learning_rate
+from pretrain.checkpoint.format import KEYS, Fragment
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.checkpoint.retention import Retention
+from pretrain.checkpoint.writer import CheckpointWrite, Content
+from pretrain.config.parallel import Layout
+from pretrain.config.run import RunConfig
+from pretrain.data.corpus import Corpus, batch_at, micro_batch_start
+from pretrain.data.document_mask import model_inputs
+from pretrain.data.prefetch import Prefetch, on_device, training_starts
+from pretrain.distributed import together
+from pretrain.engine.build import build_engine, evaluating, set_learning_rate
+from pretrain.engine.deepspeed_config import deepspeed_dict
+from pretrain.engine.gradient_scan import list_norms, norm_of, squared_norm, tell_squared_norm
+from pretrain.engine.optimizer_state import frozen_fragments, optimizer_state
+from pretrain.engine.replica_check import check_replicas
+from pretrain.engine.zero3 import drop_gathered, held, hold
 from pretrain.errors import agreed
-from pretrain.gradient_scan import list_norms, norm_of, squared_norm, tell_squared_norm
-from pretrain.health import reach
-from pretrain.initial_values import initial_model
-from pretrain.layout import Layout
-from pretrain.loss_sums import LossSums, token_losses
-from pretrain.monitor import StepMetrics, Validation
-from pretrain.optimizer_state import frozen_fragments, optimizer_state
-from pretrain.partitioned import drop_gathered, held, hold
-from pretrain.prefetch import Prefetch, on_device, training_starts
-from pretrain.processes import together
-from pretrain.progress import TrainState, saved_progress
-from pretrain.rank_control import Answer, RankControl
-from pretrain.replicas import check_replicas
-from pretrain.retention import Retention
+from pretrain.growth.augmentation import GrowthRecord, augment
+from pretrain.growth.initial_values import initial_model
+from pretrain.growth.rank_control import Answer, RankControl
+from pretrain.growth.spectra import measure_spectra
+from pretrain.loss import LossSums, token_losses
+from pretrain.monitor.monitor import StepMetrics, Validation
+from pretrain.monitor.spectrum_report import Measurement
+from pretrain.monitor.tracking import Tracker
+from pretrain.resilience.watchdog import reach
 from pretrain.schedule import global_batch_at, learning_rate
-from pretrain.spectra import measure_spectra
-from pretrain.spectrum_report import Measurement
-from pretrain.tracking import Tracker
+from pretrain.train_state import TrainState, saved_progress
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Ends the pool of worker processes with the session (see `tests/distributed.py`), and has Triton's interpreter run the
-kernels of a GPU on a CPU: a choice that Triton makes when it is imported, in workers as well."""
+"""Ends the pool of worker processes with the session (see `tests/support/distributed.py`), and has Triton's interpreter
+run the kernels of a GPU on a CPU: a choice that Triton makes when it is imported, in workers as well."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed import WorkerPool, close_pool
+from tests.support.distributed import WorkerPool, close_pool
 from tests.support.pretending import ENVIRONMENT
 
 os.environ["TRITON_INTERPRET"] = "1"

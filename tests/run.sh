@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the checks and the tests, setting up the environment first where needed.
 #
-#   bash tests/run.sh                          ruff, mypy, and all tests of the default suite
+#   bash tests/run.sh                          ruff, mypy, import contracts, and all tests of the default suite
 #   bash tests/run.sh tests/model -k factored  only pytest, with these arguments
 #   bash tests/run.sh -m "slow or matrix"      the tests that the default suite leaves out
 #
@@ -39,7 +39,10 @@ echo "ruff format"
 }
 echo "mypy"
 "$espalier_python" -m mypy || status=1
+echo "import contracts"
+"$espalier_python" -c "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))" ||
+    status=1
 echo "pytest"
-# Whole files to each of two processes, which keep workers of their own (tests/distributed.py).
+# Whole files to each of two processes, which keep workers of their own (tests/support/distributed.py).
 "$espalier_python" -m pytest --numprocesses 2 --dist loadfile || status=1
 exit $status

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
-from pretrain.consolidated import ConsolidatedModel, check_output, write_consolidated
+from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
+from pretrain.convert.consolidated import ConsolidatedModel, check_output, write_consolidated
 from pretrain.errors import run_command
 from tools.arguments import parse_bytes
 

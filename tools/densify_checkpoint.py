@@ -12,13 +12,13 @@ transformers has no such class, are refused.
 import argparse
 from pathlib import Path
 
-from model.arithmetic import total_parameters
 from model.config import ModelConfig
-from pretrain.consolidated import ConsolidatedModel
-from pretrain.dense_export import compare_with_export, write_dense_export
+from model.costs.arithmetic import total_parameters
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.export_marker import DENSE_EXPORT
+from pretrain.convert.huggingface_export import compare_with_export, write_dense_export
+from pretrain.convert.logit_comparison import TOLERANCES, Comparison
 from pretrain.errors import run_command
-from pretrain.export_marker import DENSE_EXPORT
-from pretrain.logit_comparison import TOLERANCES, Comparison
 from tools.model_export import DTYPES, open_source, parse_arguments, write_export
 
 

@@ -11,19 +11,19 @@ the additive model before the folder gets its name. Memory: the fp32 weights of 
 import argparse
 from pathlib import Path
 
-from model.adapter import adapter_config
-from model.arithmetic import trained_parameters
-from pretrain.adapter_export import (
+from model.costs.arithmetic import trained_parameters
+from model.huggingface.adapter import adapter_config
+from pretrain.convert.adapter_export import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
     check_additive,
     compare_with_adapter,
     write_adapter_export,
 )
-from pretrain.consolidated import ConsolidatedModel
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.export_marker import ADAPTER_EXPORT
+from pretrain.convert.logit_comparison import TOLERANCES, Comparison
 from pretrain.errors import run_command
-from pretrain.export_marker import ADAPTER_EXPORT
-from pretrain.logit_comparison import TOLERANCES, Comparison
 from tools.model_export import DTYPES, open_source, parse_arguments, write_export
 
 

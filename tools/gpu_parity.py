@@ -30,16 +30,16 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, Recompute, factored_projections
-from model.dropout import CounterDropout, DropoutCounter
 from model.gpt import EspalierModel, build_model
+from model.layers.dropout import CounterDropout, DropoutCounter
 from model.process_groups import device, initialize_process_groups, single_process
-from pretrain.document_starts import outside_mask
+from pretrain.data.document_mask import outside_mask
+from pretrain.distributed import joined_processes
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.processes import joined_processes
-from pretrain.run_folder import json_text, replace_text
-from pretrain.spectra import measure_spectra
+from pretrain.growth.spectra import measure_spectra
+from pretrain.monitor.run_folder import json_text, replace_text
 from tools.arguments import output_file
-from tools.step_report import machine, machine_lines
+from tools.benchmarks.step_report import machine, machine_lines
 
 ALLOWED = {torch.float32: (2e-5, 5e-4), torch.bfloat16: (5e-3, 6e-2)}
 """Errors of loss and gradient by type."""

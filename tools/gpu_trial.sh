@@ -54,7 +54,9 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$rungs" ] || refuse "no rung is named: give some of 1 2 3 4 5 (see bash tools/gpu_trial.sh --help)"
 [ "$PWD" -ef "$root" ] || refuse "this is not the root of the checkout: cd $root first"
-[ -z "$before" ] || [ -f "$before/tools/benchmark_step.py" ] || refuse "--before $before is no checkout: tools/benchmark_step.py is missing there"
+before_step=tools/benchmarks/step.py
+[ -f "$before/$before_step" ] || before_step=tools/benchmark_step.py  # where older checkouts have it
+[ -z "$before" ] || [ -f "$before/$before_step" ] || refuse "--before $before is no checkout: tools/benchmarks/step.py is missing there"
 
 dry="${DRY:-0}"
 python="${ESPALIER_PYTHON:-python3}"
@@ -147,7 +149,7 @@ step() { # name, limit, flags ... : step benchmark
     local name="$1" limit="$2"
     shift 2
     rm -f "$out/$name.json"
-    part "$name" "$limit" "$python" tools/benchmark_step.py --contestants dense factored "$@" --json "$out/$name.json"
+    part "$name" "$limit" "$python" tools/benchmarks/step.py --contestants dense factored "$@" --json "$out/$name.json"
 }
 train() { # name, limit, run, settings ...
     local name="$1" limit="$2" run="$3"
@@ -200,14 +202,14 @@ if [[ "$rungs" == *" 2 "* ]]; then
         train "zero_${stage}_resumed" 50 "zero_$stage" "${settings[@]}"
         part "zero_${stage}_same" 30 "$python" -c "$same_losses" "$work/before_$stage.jsonl" "$work/zero_$stage/metrics.jsonl" "$((steps / 2))"
     done
-    part events 110 "$python" tools/benchmark_augmentation.py --only events "${grown[@]}" "${events[@]}" --precision bf16 --json "$out/events.json"
-    part spectra 60 "$python" tools/benchmark_augmentation.py --only spectra "${spectra[@]}" --json "$out/spectra.json"
-    part memory 90 "$python" tools/benchmark_augmentation.py --only memory "${grown[@]:0:8}" --batch 2 --precision bf16 --json "$out/memory.json"
+    part events 110 "$python" tools/benchmarks/augmentation.py --only events "${grown[@]}" "${events[@]}" --precision bf16 --json "$out/events.json"
+    part spectra 60 "$python" tools/benchmarks/augmentation.py --only spectra "${spectra[@]}" --json "$out/spectra.json"
+    part memory 90 "$python" tools/benchmarks/augmentation.py --only memory "${grown[@]:0:8}" --batch 2 --precision bf16 --json "$out/memory.json"
 fi
 if [[ "$rungs" == *" 3 "* ]]; then
     step gpt2_medium 130 "${gpt2[@]}" --blocks --profile "$out/profile_gpt2"
     step llama 130 "${large[@]}" --blocks --profile "$out/profile_llama"
-    if "$python" -c 'import sys; from pretrain.config import TrainConfig; sys.exit("compile" not in TrainConfig.model_fields)' 2>/dev/null; then
+    if "$python" -c 'import sys; from pretrain.config.run import TrainConfig; sys.exit("compile" not in TrainConfig.model_fields)' 2>/dev/null; then
         step gpt2_medium_compiled 130 "${gpt2[@]}" --settings train.compile=true
         step llama_compiled 130 "${large[@]}" --settings train.compile=true
     else
@@ -217,7 +219,7 @@ if [[ "$rungs" == *" 3 "* ]]; then
         before="$(cd "$before" && pwd -P)"
         for shape in gpt2 large; do
             [ "$shape" = gpt2 ] && flags=("${gpt2[@]}") || flags=("${large[@]}")
-            part "before_$shape" 110 env "PYTHONPATH=$before${others:+:$others}" "$python" "$before/tools/benchmark_step.py" \
+            part "before_$shape" 110 env "PYTHONPATH=$before${others:+:$others}" "$python" "$before/$before_step" \
                 --contestants dense factored "${flags[@]}" --json "$out/before_$shape.json"
         done
     else
@@ -230,7 +232,7 @@ if [[ "$rungs" == *" 4 "* ]]; then
     else
         for kind in dense factored; do
             [ "$kind" = dense ] && first=16 || first=48
-            part "largest_$kind" 280 "$python" tools/benchmark_step.py --largest --contestants "$kind" --largest-from "$first" --largest-step 4 \
+            part "largest_$kind" 280 "$python" tools/benchmarks/step.py --largest --contestants "$kind" --largest-from "$first" --largest-step 4 \
                 --family llama --hidden 4096 --heads 32 --sequence 1024 --vocabulary 32000 --precision bf16 --json "$out/largest_$kind.json"
         done
     fi

@@ -23,13 +23,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from model.arithmetic import total_parameters, trained_parameters
 from model.config import ModelConfig, factored_projections, projections
-from pretrain.consolidated import TRAINING_NAME, ConsolidatedModel, check_output
-from pretrain.dense_source import DenseSource
-from pretrain.errors import CheckpointError, run_command
-from pretrain.huggingface_import import open_source, source_logits
-from pretrain.logit_comparison import (
+from model.costs.arithmetic import total_parameters, trained_parameters
+from pretrain.convert.consolidated import TRAINING_NAME, ConsolidatedModel, check_output
+from pretrain.convert.huggingface_import import open_source, source_logits
+from pretrain.convert.logit_comparison import (
     TOLERANCES,
     Comparison,
     compare_logits,
@@ -37,8 +35,10 @@ from pretrain.logit_comparison import (
     dense_logits,
     training_logits,
 )
-from pretrain.model_import import check_rank, write_import, write_training_settings
-from pretrain.new_folder import new_folder
+from pretrain.convert.source import DenseSource
+from pretrain.convert.start_folder import check_rank, write_import, write_training_settings
+from pretrain.disk import new_folder
+from pretrain.errors import CheckpointError, run_command
 from tools.arguments import parse_bytes
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from model.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from model.config import ModelConfig, projections
-from pretrain.checkpoint_format import replace_file
-from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
-from pretrain.consolidated import FACTS_NAME, ConsolidatedModel, Facts, facts_of
+from model.costs.arithmetic import total_parameters, trained_parameters, training_flops_per_token
+from pretrain.checkpoint.format import replace_file
+from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
+from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel, Facts, facts_of
 from pretrain.errors import CheckpointError, ConfigError, run_command
 
 KINDS = ("qkv", "proj", "fc1", "fc2")

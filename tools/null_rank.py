@@ -27,14 +27,14 @@ from model.config import Family, ModelConfig, factored_projections
 from model.gpt import EspalierModel, build_model
 from model.initialization import generator_for, new_directions
 from model.process_groups import single_process
-from pretrain.augmentation import RankMeasurement, layer_measurements
 from pretrain.errors import ConfigError, run_command
+from pretrain.growth.augmentation import RankMeasurement, layer_measurements
+from pretrain.growth.probe import GradientProbe
+from pretrain.growth.spectra import measure_spectra, measure_updates, row_norms
 from pretrain.policies import RankConfig, RankEvent, affordable_parameters, build_policy, decide_ranks
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
-from pretrain.probe import GradientProbe
-from pretrain.spectra import measure_spectra, measure_updates, row_norms
-from tools.documents import find_files, read_documents
+from tools.corpus.documents import find_files, read_documents
 
 PUBLISHED = {768: ("GPT-2 small", 254), 1024: ("GPT-2 medium", 287)}
 """Width: the model and the rank its README reports."""

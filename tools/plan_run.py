@@ -16,17 +16,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pretrain.communication_plan import Links
-from pretrain.compute_plan import Arithmetic
-from pretrain.config import RunConfig, load_config
+from pretrain.config.run import RunConfig, load_config
 from pretrain.devices import DEVICES
 from pretrain.errors import ConfigError, run_command
-from pretrain.fitting import fits, fitting_setup
-from pretrain.memory_plan import Setup
-from pretrain.plan import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
-from pretrain.rank_outlook import Moment, moments
-from pretrain.run_folder import replace_text
-from pretrain.tokenizer import open_tokenizer
+from pretrain.monitor.run_folder import replace_text
+from pretrain.planning.communication import Links
+from pretrain.planning.compute import Arithmetic
+from pretrain.planning.fitting import fits, fitting_setup
+from pretrain.planning.memory import Setup
+from pretrain.planning.rank_outlook import Moment, moments
+from pretrain.planning.step import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
+from pretrain.tokenizer.base import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
 
 EFFICIENCY, PRODUCT_SHARE, USABLE, OVERLAP = 0.4, 0.6, 0.92, 0.0

@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pretrain.data.index_check import CorpusFacts, files_of, read_facts, scan_index
 from pretrain.errors import ConfigError, DataError, run_command
-from pretrain.index_check import CorpusFacts, files_of, read_facts, scan_index
-from pretrain.tokenizer import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer, open_tokenizer
 from tools.arguments import positive
-from tools.corpus_parts import PartFolder, Unit, batches, flush_to_disk, plan_units, token_type_of
-from tools.documents import find_files
-from tools.text_encoding import encode_all
+from tools.corpus.documents import find_files
+from tools.corpus.encoding import encode_all
+from tools.corpus.parts import PartFolder, Unit, batches, flush_to_disk, plan_units, token_type_of
 
 FORMAT = 1
 """Of the parts: raised when other tokens come out of the same input."""
@@ -205,7 +205,9 @@ def _check_output(prefix: Path, overwrite: bool) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokenize text into a megatron-core indexed dataset.")
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders, or stdlib (tools/documents.py)")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders, or stdlib (tools/corpus/documents.py)"
+    )
     parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin, .idx and .json")
     parser.add_argument(
         "--tokenizer-model",

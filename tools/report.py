@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 from pretrain.errors import run_command
-from pretrain.run_folder import replace_text
+from pretrain.monitor.run_folder import replace_text
 from tools.arguments import output_file
-from tools.report_page import page
-from tools.run_history import RunHistory
+from tools.run_report.history import RunHistory
+from tools.run_report.page import page
 
 REPORT_FILE = "report.html"
 

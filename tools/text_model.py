@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from model.huggingface import huggingface_tensors
-from model.huggingface_config import huggingface_config
-from pretrain.consolidated import FACTS_NAME, ConsolidatedModel
-from pretrain.dense_source import dense_source
+from model.huggingface.config import huggingface_config
+from model.huggingface.tensors import huggingface_tensors
+from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel
+from pretrain.convert.huggingface_import import huggingface_settings
+from pretrain.convert.source import dense_source
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.huggingface_import import huggingface_settings
 
 
 @dataclass(frozen=True)

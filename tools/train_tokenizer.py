@@ -1,4 +1,5 @@
-"""Trains the tokenizer: sentencepiece BPE or unigram with byte fallback, under the conditions of pretrain/tokenizer.py.
+"""Trains the tokenizer: sentencepiece BPE or unigram with byte fallback, under the conditions of
+pretrain/tokenizer/base.py.
 
     python tools/train_tokenizer.py --input stdlib --output tokenizer.model --vocabulary 8192
     python tools/train_tokenizer.py --input books.jsonl.xz notes/ --output tokenizer.model --vocabulary 32000 \\
@@ -21,8 +22,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from pretrain.errors import DataError, run_command
-from pretrain.sentencepiece_tokenizer import END_OF_DOCUMENT, MASK, SCORE_QUANTUM, Piece, SentencePieceTokenizer
-from tools.documents import find_files, read_documents
+from pretrain.tokenizer.sentencepiece import END_OF_DOCUMENT, MASK, SCORE_QUANTUM, Piece, SentencePieceTokenizer
+from tools.corpus.documents import find_files, read_documents
 
 CHUNK_CHARACTERS = 1000
 """sentencepiece learns from "sentences": pieces of a document of about this length."""
@@ -87,7 +88,7 @@ def train_tokenizer(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # Indentation is worth a piece; nothing else reaches across a space, see pretrain/tokenizer.py.
+            # Indentation is worth a piece; nothing else reaches across a space, see pretrain/tokenizer/base.py.
             allow_whitespace_only_pieces=True,
             split_by_whitespace=True,
             unk_id=0,
@@ -182,7 +183,9 @@ def _explained(message: str, kind: str, vocabulary: int, chunks: Sequence[str]) 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a sentencepiece tokenizer on text.")
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders, or stdlib (tools/documents.py)")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders, or stdlib (tools/corpus/documents.py)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="model file to write, such as tokenizer.model")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens, special ones and bytes included (8192)")
     parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="kind of model (bpe)")

@@ -27,8 +27,8 @@ from typing import IO, TypeVar
 
 import zstandard
 
+from pretrain.data.index_check import CorpusFacts, files_of
 from pretrain.errors import DataError, run_command
-from pretrain.index_check import CorpusFacts, files_of
 from tools.arguments import positive
 from tools.preprocess_corpus import preprocess
 from tools.train_tokenizer import train_tokenizer, write_tokenizer

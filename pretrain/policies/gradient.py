@@ -1,8 +1,8 @@
 """Growth where the gradient asks for it: layers compete for one budget, and grow along what they lack.
 
-`pretrain/probe.py` measures, for each layer, the energy of the dense gradient G = ∂L/∂W along its leading directions
-outside the spans of both factors, as far as two independent batches agree on it (`LayerMeasurement.demand`). A quantum
-of directions is worth its energy over the parameters it costs,
+`pretrain/growth/probe.py` measures, for each layer, the energy of the dense gradient G = ∂L/∂W along its leading
+directions outside the spans of both factors, as far as two independent batches agree on it (`LayerMeasurement.demand`).
+A quantum of directions is worth its energy over the parameters it costs,
 
     worth = Σ demand / (quantum · (in + out)),
 
@@ -34,7 +34,7 @@ from pretrain.policies.policy import (
 )
 
 PROBED_STEPS = 3
-"""Training steps before a decision in which `pretrain/probe.py` measures."""
+"""Training steps before a decision in which `pretrain/growth/probe.py` measures."""
 
 NEEDED_SHARE = 0.5
 """Share of a layer's rank that its update must use before it may ask for more."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import make_corpus, write_config
+from tests.support.training_runs import make_corpus, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPPING = {"policy": "stepping", "events": [], "check_every": 2, "start_step": 2, "stop_step": 10}

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from tests.docs.documented_commands import ROOT
-from tools.race import DEFAULT_RESULTS, refuse_changed_methods
-from tools.race_plan import load_race
-from tools.race_report import write_report
-from tools.race_results import Results
+from tools.experiments.race import DEFAULT_RESULTS, refuse_changed_methods
+from tools.experiments.race_plan import load_race
+from tools.experiments.race_report import write_report
+from tools.experiments.race_results import Results
 
 RACE = ROOT / "configs" / "race" / "small.yaml"
 

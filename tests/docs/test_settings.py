@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import load_config
-from pretrain.config_file import parse_yaml
-from pretrain.setting_list import commented, sections
-from tools.settings_page import PAGE, SCHEMA, page, schema_text
+from pretrain.config.files import parse_yaml
+from pretrain.config.run import load_config
+from pretrain.config.setting_list import commented, sections
+from tools.documentation.settings_page import PAGE, SCHEMA, page, schema_text
 
 CONFIGS = sorted(SCHEMA.parent.glob("*.yaml"))
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -25,11 +25,13 @@ SETTINGS = [setting for section in sections() for setting in section.settings]
 
 def test_the_page_is_current() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert page(text) == text, "run python tools/settings_page.py --write"
+    assert page(text) == text, "run python tools/documentation/settings_page.py --write"
 
 
 def test_the_schema_is_current() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "run python tools/settings_page.py --write"
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(), (
+        "run python tools/documentation/settings_page.py --write"
+    )
 
 
 def test_every_setting_says_what_it_does() -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 from pretrain import errors
-from pretrain.index_check import read_facts
+from pretrain.data.index_check import read_facts
 from tests.docs.documented_commands import PAGES, ROOT
-from tools.error_table import PAGE, messages, table
+from tools.documentation.error_table import PAGE, messages, table
 
 
 def test_the_table_is_current() -> None:
-    assert table(list(messages())) in PAGE.read_text(encoding="utf-8"), "run python tools/error_table.py --write"
+    assert table(list(messages())) in PAGE.read_text(encoding="utf-8"), (
+        "run python tools/documentation/error_table.py --write"
+    )
 
 
 def test_it_has_the_messages_of_every_room() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_runs import train
-from tests.training_runs import make_corpus, write_config
+from tests.support.fault_runs import train
+from tests.support.training_runs import make_corpus, write_config
 
 EVERY = 3
-"""Steps between saves, of the 12 of the run; ranks grow after 4 and 8 (`tests/training_runs.py`)."""
+"""Steps between saves, of the 12 of the run; ranks grow after 4 and 8 (`tests/support/training_runs.py`)."""
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.processes import free_port
-from tests.fault_runs import assert_same_end, events_of
+from pretrain.distributed import free_port
+from tests.support.fault_runs import assert_same_end, events_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint_reader import CheckpointReader, step_folders
-from tests.fault_runs import assert_same_end, events_of, small_disk, steps_of, train
+from pretrain.checkpoint.reader import CheckpointReader, step_folders
+from tests.support.fault_runs import assert_same_end, events_of, small_disk, steps_of, train
 
 pytestmark = pytest.mark.faults
 

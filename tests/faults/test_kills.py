@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint_reader import step_folders
-from tests.fault_runs import Started, assert_same_end, steps_of, train
-from tests.training_runs import write_config
+from pretrain.checkpoint.reader import step_folders
+from tests.support.fault_runs import Started, assert_same_end, steps_of, train
+from tests.support.training_runs import write_config
 
 pytestmark = pytest.mark.faults
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
-from tests.fault_runs import Ended, events_of, steps_of, train
+from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
+from tests.support.fault_runs import Ended, events_of, steps_of, train
 
 pytestmark = pytest.mark.faults
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_runs import Started, assert_same_end, events_of, steps_of, train
+from tests.support.fault_runs import Started, assert_same_end, events_of, steps_of, train
 
 pytestmark = pytest.mark.faults
 

@@ -18,10 +18,10 @@ from launch.hosts import Host, most_that_divide, read_hosts
 from launch.links import ring
 from launch.node_facts import NodeFacts, checkpoints_bytes, gather, nearest_folder
 from launch.preflight import judge, slow_links
-from pretrain.config import RunConfig, load_config
+from pretrain.config.run import RunConfig, load_config
 from pretrain.errors import ConfigError
-from tests.huggingface_files import byte_level
-from tests.training_runs import make_corpus, write_config
+from tests.support.huggingface_files import byte_level
+from tests.support.training_runs import make_corpus, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config import load_config
+from pretrain.config.run import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("launch/environment.sh", "launch/offline_wheels.sh", "launch/quickstart.sh", "tests/run.sh")

@@ -14,7 +14,7 @@ import pytest
 
 from launch.supervise import config_of, newest_step, with_hosts_that_answer
 from pretrain.errors import ConfigError
-from tests.training_runs import make_corpus, write_config
+from tests.support.training_runs import make_corpus, write_config
 
 pytestmark = pytest.mark.faults
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.factor_algebra import balanced_basis, in_order_orthonormal, orthonormal, outside
 from model.process_groups import initialize_process_groups, tensor_index
-from tests.distributed import run
+from tests.support.distributed import run
 
 
 def _tall(columns: int, seed: int, size: int = 48) -> Tensor:

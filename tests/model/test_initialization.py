@@ -5,8 +5,8 @@ import torch
 
 from model.config import factored_projections
 from model.initialization import cholesky_orthonormal, gaussian_singular_values, initial_factor, new_directions
-from tests.distributed import run
-from tests.parallel_model import initial_tensors, small_config
+from tests.support.distributed import run
+from tests.support.parallel_model import initial_tensors, small_config
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

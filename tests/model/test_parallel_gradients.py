@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from model.config import ModelConfig, factored_projections
-from tests.distributed import run
-from tests.parallel_model import first_step, small_config, some_tokens
-from tests.reference import frozen_names, random_tensors, reference_logits, reference_loss
+from tests.support.distributed import run
+from tests.support.parallel_model import first_step, small_config, some_tokens
+from tests.support.reference import frozen_names, random_tensors, reference_logits, reference_loss
 
 VARIANTS = [("dense", "all"), ("factored", "all"), ("factored", "mlp"), ("additive", "all"), ("additive", "mlp")]
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.layers.sharded_norm import mark_sharded
 from model.process_groups import initialize_process_groups, tensor_index
-from model.sharded_norm import mark_sharded
 from model.sharding import TensorLayout
 from model.spectrum import Grams, grams, singular_values
-from tests.distributed import run
+from tests.support.distributed import run
 
 
 def _factors(case: str) -> tuple[Tensor, Tensor]:

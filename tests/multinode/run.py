@@ -20,9 +20,9 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint, step_folders
+from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint, step_folders
 from tests.multinode.hosts import Host, network
-from tests.training_runs import make_corpus, write_config
+from tests.support.training_runs import make_corpus, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOTS, STEPS, CUT_AFTER, GROWTH = 2, 40, 12, 8

@@ -77,7 +77,7 @@ PYTHONPATH="$root" "$espalier_python" - "$work" "$steps" <<'PYTHON'
 import sys
 from pathlib import Path
 
-from tests.training_runs import make_corpus, write_config
+from tests.support.training_runs import make_corpus, write_config
 
 work, steps = Path(sys.argv[1]), int(sys.argv[2])
 make_corpus(work / "corpus")

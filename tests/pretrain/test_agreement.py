@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from model.process_groups import data_index, initialize_process_groups
 from pretrain.agreement import Agreement, Flags, agree
-from tests.distributed import run
+from tests.support.distributed import run
 
 
 def _agreed(tensor: int, losses: list[float], flags: list[Flags]) -> Agreement:

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from pretrain import device_check
-from pretrain.config import parse_config
+from pretrain.config.run import parse_config
 from pretrain.device_check import check_device, refused_meeting
+from pretrain.distributed import joined_processes
 from pretrain.errors import ConfigError, HangError
-from pretrain.memory_check import check_memory
-from pretrain.processes import joined_processes
+from pretrain.planning.memory_check import check_memory
 
 
 class Machine:

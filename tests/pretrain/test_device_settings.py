@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.attention import prefer_fast_kernels
 from model.config import ModelConfig, factored_projections
+from model.layers.attention import prefer_fast_kernels
 from model.process_groups import initialize_process_groups
-from pretrain.config import RunConfig, parse_config
+from pretrain.config.run import RunConfig, parse_config
 from pretrain.device_settings import (
     ALLOCATOR_NAMES,
     CONNECTIONS,
@@ -24,8 +24,8 @@ from pretrain.device_settings import (
     settle_device,
 )
 from pretrain.errors import ConfigError
-from tests.distributed import run
-from tests.parallel_engine import Case, SmallRun
+from tests.support.distributed import run
+from tests.support.parallel_engine import Case, SmallRun
 
 
 def config(**sections: dict) -> RunConfig:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint_format import KEYS
-from pretrain.checkpoint_reader import CheckpointReader
-from tests.distributed import run
-from tests.elastic import (
+from pretrain.checkpoint.format import KEYS
+from pretrain.checkpoint.reader import CheckpointReader
+from tests.support.distributed import run
+from tests.support.elastic import (
     COMPUTING,
     PLACES,
     Found,
@@ -29,7 +29,7 @@ from tests.elastic import (
     train_and_look,
     train_and_note_samples,
 )
-from tests.training_runs import curve, make_corpus, releasing, write_config
+from tests.support.training_runs import curve, make_corpus, releasing, write_config
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 SECONDS = 600.0

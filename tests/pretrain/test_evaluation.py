@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from model.process_groups import initialize_process_groups
-from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
-from pretrain.consolidated import ConsolidatedModel, write_consolidated
-from pretrain.dense_export import write_dense_export
+from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
+from pretrain.convert.consolidated import ConsolidatedModel, write_consolidated
+from pretrain.convert.huggingface_export import write_dense_export
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.evaluation import Evaluation, evaluate, find_model, windows
-from pretrain.tokenizer import open_tokenizer
-from tests.consolidated_folder import random_consolidated, small_tokenizer
-from tests.distributed import run
-from tests.training_runs import make_corpus, train_in_workers, write_config
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.consolidated_folder import random_consolidated, small_tokenizer
+from tests.support.distributed import run
+from tests.support.training_runs import make_corpus, train_in_workers, write_config
 from tools import evaluate as command
 
 

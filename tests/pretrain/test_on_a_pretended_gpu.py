@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import WorkerPool
+from tests.support.distributed import WorkerPool
 from tests.support.plain_step import SETTINGS
+from tests.support.training_runs import make_corpus
 from tests.support.whole_runs import grown_run, plain_step, problems_of_run, problems_of_tool, waits_with_planted_read
-from tests.training_runs import make_corpus
 
 HOST_WAITS_OF_PLAIN_STEP = 1
 """Of a plain step: the one of `pretrain/agreement.py`."""
@@ -117,7 +117,7 @@ def test_growth_event_waits_seldom_and_moves_no_state_where_the_device_has_room(
         run = [*settings, f"run.folder={tmp_path / str(peak_bytes)}"]
         ((cost, masters, problems),) = pretending.run(grown_run, 1, 300.0, (run, peak_bytes), {})
         assert problems == []
-        moved = [number for way, number in cost.copied_bytes.items() if "pretrain/stash.py" in way]
+        moved = [number for way, number in cost.copied_bytes.items() if "pretrain/growth/stash.py" in way]
         waits = {cause: number for (_, cause), number in cost.waits.items() if " > deepspeed" not in cause}
         assert sum(waits.values()) <= HOST_WAITS_OF_EVENT, waits
         found[peak_bytes] = masters, sum(moved)
@@ -163,7 +163,7 @@ def test_benchmarks_run(pretending: WorkerPool) -> None:
     step += ["--micro-batch", "1", "--warm-up", "1", "--repeats", "1"]  # no profile, whose events CUDA itself records
     growth = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16"]
     growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--only", "spectra", "events"]
-    for tool, flags in (("benchmark_step", step), ("benchmark_augmentation", growth)):
+    for tool, flags in (("benchmarks.step", step), ("benchmarks.augmentation", growth)):
         ((problems, output),) = pretending.run(problems_of_tool, 1, 300.0, (tool, flags), {})
         assert problems == [], tool
         assert "NVIDIA H100" in output

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from model.config import factored_projections
-from pretrain.checkpoint_format import KEYS
-from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
-from pretrain.config import load_config
+from pretrain.checkpoint.format import KEYS
+from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
+from pretrain.config.run import load_config
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
-from tests.distributed import run
-from tests.training_runs import (
+from tests.support.distributed import run
+from tests.support.training_runs import (
     curve,
     make_corpus,
     releasing,

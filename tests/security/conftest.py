@@ -10,18 +10,18 @@ import torch
 import yaml
 
 from model.config import ModelConfig, factored_projections
-from pretrain.checkpoint_reader import CheckpointReader
-from pretrain.consolidated import ConsolidatedModel, write_consolidated
-from pretrain.dense_export import write_dense_export
-from pretrain.export_marker import DENSE_EXPORT, FACTS_NAME, files_below
-from pretrain.tokenizer import open_tokenizer
-from tests.consolidated_folder import small_tokenizer
-from tests.huggingface_files import END, byte_level
-from tests.pretrain.checkpoint_cases import edit_manifest, save_model
-from tests.tools.test_race import RACE
-from tools.documents import find_files
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.convert.consolidated import ConsolidatedModel, write_consolidated
+from pretrain.convert.export_marker import DENSE_EXPORT, FACTS_NAME, files_below
+from pretrain.convert.huggingface_export import write_dense_export
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.checkpoint_cases import edit_manifest, save_model
+from tests.support.consolidated_folder import small_tokenizer
+from tests.support.huggingface_files import END, byte_level
+from tests.tools.experiments.test_race import RACE
+from tools.corpus.documents import find_files
+from tools.experiments.race_results import Results
 from tools.preprocess_corpus import Job, preprocess
-from tools.race_results import Results
 
 
 @pytest.fixture(scope="session")

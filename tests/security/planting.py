@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import pytest
 
-from pretrain.checkpoint_format import MANIFEST_NAME, file_checksum
+from pretrain.checkpoint.format import MANIFEST_NAME, file_checksum
 from pretrain.errors import EspalierError
-from tests.pretrain.checkpoint_cases import edit_manifest
+from tests.support.checkpoint_cases import edit_manifest
 
 STEP = "step_000000010"
 """The checkpoint of the `world`."""

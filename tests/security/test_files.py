@@ -17,27 +17,27 @@ import zstandard
 from safetensors.torch import load_file
 
 from launch.hosts import read_hosts
-from pretrain.checkpoint_reader import CheckpointReader, find_checkpoint
-from pretrain.config import load_config
-from pretrain.config_file import parse_override
-from pretrain.consolidated import ConsolidatedModel
-from pretrain.deepspeed_config import deepspeed_dict
-from pretrain.dense_source import dense_source
+from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
+from pretrain.config.files import parse_override
+from pretrain.config.run import load_config
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.export_marker import DENSE_EXPORT, check_output
+from pretrain.convert.huggingface_import import open_source, source_logits
+from pretrain.convert.source import dense_source
+from pretrain.data.index_check import check_index
+from pretrain.engine.deepspeed_config import deepspeed_dict
 from pretrain.errors import EspalierError
-from pretrain.export_marker import DENSE_EXPORT, check_output
-from pretrain.huggingface_import import open_source, source_logits
-from pretrain.index_check import check_index
-from pretrain.initial_values import check_start
-from pretrain.run_folder import JsonLines
-from pretrain.tokenizer import open_tokenizer
-from tests.pretrain.checkpoint_cases import edit_manifest
+from pretrain.growth.initial_values import check_start
+from pretrain.monitor.run_folder import JsonLines
+from pretrain.tokenizer.base import open_tokenizer
 from tests.security.payloads import PICKLES, torch_file, yaml_texts
 from tests.security.planting import STEP, command, plant, refusal
+from tests.support.checkpoint_cases import edit_manifest
 from tools import consolidate_checkpoint, generate, inspect_checkpoint
-from tools.corpus_parts import PartFolder, Unit
-from tools.documents import read_documents
-from tools.race_plan import load_race
-from tools.race_results import Results
+from tools.corpus.documents import read_documents
+from tools.corpus.parts import PartFolder, Unit
+from tools.experiments.race_plan import load_race
+from tools.experiments.race_results import Results
 from tools.wikitext import write_articles
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint_format import MANIFEST_NAME, file_checksum
-from pretrain.checkpoint_reader import CheckpointReader, locate_checkpoint
-from pretrain.config import load_config
-from pretrain.consolidated import ConsolidatedModel, facts_of
+from pretrain.checkpoint.format import MANIFEST_NAME, file_checksum
+from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
+from pretrain.config.run import load_config
+from pretrain.convert.consolidated import ConsolidatedModel, facts_of
+from pretrain.convert.huggingface_import import open_source
+from pretrain.data.index_check import HEADER, MAGIC, scan_index
 from pretrain.errors import EspalierError
-from pretrain.huggingface_import import open_source
-from pretrain.index_check import HEADER, MAGIC, scan_index
-from tests.pretrain.checkpoint_cases import edit_manifest, save
-from tests.pretrain.test_consolidated import edit_json
+from tests.pretrain.convert.test_consolidated import edit_json
 from tests.security.planting import STEP, refusal
+from tests.support.checkpoint_cases import edit_manifest, save
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,15 +16,15 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pretrain.checkpoint_reader import CheckpointReader
-from pretrain.config import load_config
-from pretrain.deepspeed_config import deepspeed_dict
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.config.run import load_config
+from pretrain.engine.deepspeed_config import deepspeed_dict
 from pretrain.errors import ConfigError
 from pretrain.train import run_training
-from tests.distributed import run_alone
 from tests.security.payloads import pickled
 from tests.security.planting import command, plant
-from tests.training_runs import write_config
+from tests.support.distributed import run_alone
+from tests.support.training_runs import write_config
 from tools import consolidate_checkpoint, densify_checkpoint
 
 SECRETS = {

@@ -68,10 +68,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the small run's")
     arguments = parser.parse_intermixed_args()
 
-    from pretrain.config import load_config
-    from pretrain.processes import check_precision, joined_processes
+    from pretrain.config.run import load_config
+    from pretrain.distributed import check_precision, joined_processes
     from tests.support.pretended_cuda import PretendedCuda
-    from tests.training_runs import make_corpus
+    from tests.support.training_runs import make_corpus
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

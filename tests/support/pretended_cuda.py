@@ -25,7 +25,7 @@ from tests.support.cuda_answers import answers
 from tests.support.device_ledger import Count
 from tests.support.device_marks import Marks
 from tests.support.device_modes import Functions, Operators, Pretence
-from tests.varlen_attention import provide
+from tests.support.varlen_attention import provide
 
 
 class PretendedCuda:

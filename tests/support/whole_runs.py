@@ -17,10 +17,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain import trainer
-from pretrain.augmentation import augment
-from pretrain.config import load_config
-from pretrain.engine import tear_down
-from pretrain.optimizer_state import optimizer_state
+from pretrain.config.run import load_config
+from pretrain.engine.build import tear_down
+from pretrain.engine.optimizer_state import optimizer_state
+from pretrain.growth.augmentation import augment
 from pretrain.train import run_training
 from tests.support.device_ledger import Count
 from tests.support.plain_step import count_plain_step
@@ -75,8 +75,8 @@ def plain_step(settings: list[str]) -> tuple[Count, list[str]]:
 
 
 def problems_of_tool(name: str, flags: list[str]) -> tuple[list[str], str]:
-    """Runs `tools/NAME.py` with command line `flags`, alone and without a process group as from a shell; what a GPU
-    would have refused, and what the tool printed."""
+    """Runs module `name` of `tools` with command line `flags`, alone and without a process group as from a shell; what
+    a GPU would have refused, and what the tool printed."""
     dist.destroy_process_group()
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(variable)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.arithmetic import total_parameters
 from model.config import ModelConfig, factored_projections
-from pretrain.consolidated import ConsolidatedModel
+from model.costs.arithmetic import total_parameters
+from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import ConfigError
-from tests.pretrain.checkpoint_cases import flip_bit, hidden_names, save_model
-from tests.reference import random_tensors
+from tests.support.checkpoint_cases import flip_bit, hidden_names, save_model
+from tests.support.reference import random_tensors
 from tools.arguments import parse_bytes
 from tools.consolidate_checkpoint import main
 

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.consolidated import ConsolidatedModel
-from pretrain.dense_export import compare_with_export, write_dense_export
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.huggingface_export import compare_with_export, write_dense_export
+from pretrain.convert.logit_comparison import TOLERANCES, comparison_tokens
 from pretrain.errors import CheckpointError, run_command
-from pretrain.logit_comparison import TOLERANCES, comparison_tokens
-from pretrain.tokenizer import open_tokenizer
-from tests.consolidated_folder import FAMILIES, PARAMETRIZATIONS, TEXT, random_consolidated, small_tokenizer
-from tests.reference import reference_logits
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.consolidated_folder import FAMILIES, PARAMETRIZATIONS, TEXT, random_consolidated, small_tokenizer
+from tests.support.reference import reference_logits
 from tools import densify_checkpoint
 
 Maker = Callable[..., Path]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.tokenizer import open_tokenizer
-from tests.distributed import run
-from tests.training_runs import make_corpus, probe_tokens, train_and_probe, write_config
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.distributed import run
+from tests.support.training_runs import make_corpus, probe_tokens, train_and_probe, write_config
 from tools import consolidate_checkpoint, densify_checkpoint
 
 NEW_TOKENS = 12

@@ -13,12 +13,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.adapter_export import write_adapter_export
-from pretrain.consolidated import ConsolidatedModel
+from pretrain.convert.adapter_export import write_adapter_export
+from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError, run_command
-from pretrain.tokenizer import open_tokenizer
-from tests.consolidated_folder import FAMILIES, TEXT, random_consolidated, small_tokenizer
-from tests.reference import reference_logits
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.consolidated_folder import FAMILIES, TEXT, random_consolidated, small_tokenizer
+from tests.support.reference import reference_logits
 from tools import densify_checkpoint, export_adapter
 
 

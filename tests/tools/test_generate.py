@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.consolidated import ConsolidatedModel
-from pretrain.dense_export import write_dense_export
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.huggingface_export import write_dense_export
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.sentencepiece_tokenizer import END_OF_DOCUMENT
-from tests.consolidated_folder import random_consolidated, small_tokenizer
+from pretrain.tokenizer.sentencepiece import END_OF_DOCUMENT
+from tests.support.consolidated_folder import random_consolidated, small_tokenizer
 from tools import generate
 
 Run = Callable[..., str]

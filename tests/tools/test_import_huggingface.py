@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from model.config import ModelConfig
-from pretrain.config import load_config
-from pretrain.consolidated import ConsolidatedModel
+from pretrain.config.run import load_config
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.huggingface_import import open_source
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, run_command
-from pretrain.huggingface_import import open_source
-from pretrain.tokenizer import open_tokenizer
-from tests.consolidated_folder import FAMILIES, random_consolidated, small_tokenizer
-from tests.reference import reference_logits
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.consolidated_folder import FAMILIES, random_consolidated, small_tokenizer
+from tests.support.reference import reference_logits
 from tools import densify_checkpoint, import_huggingface
 
 Maker = Callable[..., Path]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from model.arithmetic import training_flops_per_token
 from model.config import ModelConfig, factored_projections
-from pretrain.checkpoint_reader import CheckpointReader
-from pretrain.consolidated import write_consolidated
+from model.costs.arithmetic import training_flops_per_token
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.convert.consolidated import write_consolidated
 from pretrain.errors import CheckpointError, ConfigError
-from tests.pretrain.checkpoint_cases import flip_bit, save_model
-from tests.reference import random_tensors
+from tests.support.checkpoint_cases import flip_bit, save_model
+from tests.support.reference import random_tensors
 from tools.inspect_checkpoint import main
 
 CONFIG = ModelConfig(layers=2, hidden=16, heads=2, ffn=24, sequence_length=8, vocabulary=100)

@@ -10,13 +10,13 @@ import torch
 
 from model.config import Family
 from model.process_groups import initialize_process_groups
-from pretrain.augmentation import RankMeasurement, layer_measurements
-from pretrain.config import RunConfig, parse_config
-from pretrain.initial_values import initial_factors, initial_model
+from pretrain.config.run import RunConfig, parse_config
+from pretrain.growth.augmentation import RankMeasurement, layer_measurements
+from pretrain.growth.initial_values import initial_factors, initial_model
+from pretrain.growth.spectra import measure_spectra, measure_updates
 from pretrain.policies import build_policy, decide_ranks
 from pretrain.policies.excess_explained_ratio import used_rank
-from pretrain.spectra import measure_spectra, measure_updates
-from tests.distributed import run
+from tests.support.distributed import run
 from tools.null_rank import null_rank, published_null, text_of_the_standard_library
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.arithmetic import total_parameters
 from model.config import ModelConfig
+from model.costs.arithmetic import total_parameters
 from pretrain.errors import ConfigError
 from tools.plan_run import main
 

@@ -22,14 +22,14 @@ import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from pretrain.data.index_check import check_index, files_of
 from pretrain.errors import ConfigError, DataError
-from pretrain.index_check import check_index, files_of
-from pretrain.tokenizer import Tokenizer
-from tests.small_corpus import small_tokenizer
-from tools import corpus_parts
+from pretrain.tokenizer.base import Tokenizer
+from tests.support.small_corpus import small_tokenizer
 from tools import preprocess_corpus as tool
-from tools.corpus_parts import PartFolder
-from tools.documents import find_files
+from tools.corpus import parts
+from tools.corpus.documents import find_files
+from tools.corpus.parts import PartFolder
 from tools.preprocess_corpus import Job, preprocess
 
 TEXTS = ["def f():\r\n\treturn 1\n", "a\u2581b", "", "é😀\n\n  x", "</s> <0x0A> <|end of document|>", "\u2581"]
@@ -100,7 +100,7 @@ def test_output_does_not_depend_on_workers_batches_or_compression(
         packed[-1].write_bytes(gzip.compress(path.read_bytes()))
     preprocess(files, tmp_path / "one", tokenizer.path)
     expected = [path.read_bytes() for path in files_of(tmp_path / "one")]
-    monkeypatch.setattr(corpus_parts, "BATCH_CHARACTERS", 30_000)
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 30_000)
     preprocess(files, tmp_path / "three", tokenizer.path, workers=3)
     assert [path.read_bytes() for path in files_of(tmp_path / "three")] == expected
     preprocess(packed, tmp_path / "packed_corpus", tokenizer.path)
@@ -137,9 +137,9 @@ def twenty_files(folder: Path) -> list[Path]:
 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units of many parts, out of little text."""
-    monkeypatch.setattr(corpus_parts, "UNIT_BYTES", 40_000)
-    monkeypatch.setattr(corpus_parts, "BATCH_CHARACTERS", 5_000)
-    monkeypatch.setattr(corpus_parts, "PART_CHARACTERS", 15_000)
+    monkeypatch.setattr(parts, "UNIT_BYTES", 40_000)
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 5_000)
+    monkeypatch.setattr(parts, "PART_CHARACTERS", 15_000)
 
 
 def test_the_same_command_goes_on_where_it_was_ended(
@@ -228,7 +228,7 @@ def test_a_damaged_part_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_nothing_is_left_behind_by_a_bad_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer, lines: Path, workers: int
 ) -> None:
-    monkeypatch.setattr(corpus_parts, "BATCH_CHARACTERS", 5)
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 5)
     with lines.open("a") as file:
         file.write('{"text": "good"}\nbad\n')
     before = names_in(tmp_path)

@@ -1,4 +1,5 @@
-"""`tools/report.py` on a small run's records, hostile ones too, and `tools/screenshots.py` in a real browser."""
+"""`tools/report.py` on a small run's records, hostile ones too, and `tools/documentation/screenshots.py` in a real
+browser."""
 
 import re
 import sys
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 
 from pretrain.errors import ConfigError
-from pretrain.monitor import Monitor, Validation
-from pretrain.run_folder import JsonLines, write_run_record
-from tests.pretrain.test_monitor import CONFIG, FIRST, RANKS, metrics
-from tools import report, screenshots
-from tools.run_history import RunHistory
+from pretrain.monitor.monitor import Monitor, Validation
+from pretrain.monitor.run_folder import JsonLines, write_run_record
+from tests.pretrain.monitor.test_monitor import CONFIG, FIRST, RANKS, metrics
+from tools import report
+from tools.documentation import screenshots
+from tools.run_report.history import RunHistory
 
 HOSTILE = '</pre><script>alert("1")</script><img src=x onerror=alert(1)>$\\frac{'
 
@@ -108,7 +110,7 @@ def test_a_browser_shows_what_the_documentation_has(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(sys, "argv", ["screenshots.py", *flags])
     screenshots.main()
     shown = {path.stem for path in (tmp_path / "pictures").glob("*.png")}
-    documented = (Path(screenshots.__file__).parents[1] / "docs" / "tensorboard.md").read_text()
+    documented = (Path(screenshots.__file__).parents[2] / "docs" / "tensorboard.md").read_text()
     assert shown == set(re.findall(r"images/(\w+)\.png", documented))
     for path in (tmp_path / "pictures").glob("*.png"):
         with Image.open(path) as picture:

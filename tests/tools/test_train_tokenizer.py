@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer
 from tools import train_tokenizer as tool
-from tools.documents import find_files
+from tools.corpus.documents import find_files
 from tools.train_tokenizer import CHUNK_CHARACTERS, draw_sample, split_text, train_tokenizer
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data.index_check import check_index
 from pretrain.errors import DataError
-from pretrain.index_check import check_index
-from pretrain.tokenizer import open_tokenizer
-from tests.huggingface_files import byte_level
+from pretrain.tokenizer.base import open_tokenizer
+from tests.support.huggingface_files import byte_level
 from tools import corpus_statistics, wikitext
-from tools.documents import read_documents
+from tools.corpus.documents import read_documents
 
 ARTICLE = """ 
  = Robert {name} = 

@@ -1,0 +1,1 @@
+"""FLOPs, bytes and messages of a model, as formulas."""

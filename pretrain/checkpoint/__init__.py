@@ -1,0 +1,1 @@
+"""The format of a checkpoint, its commit, and its one reader."""

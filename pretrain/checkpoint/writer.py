@@ -1,0 +1,383 @@
+"""Writes a checkpoint so that a kill, a full disk or a failing process never costs an earlier one.
+
+All processes of the default group call `write_checkpoint` together, or the parts of `CheckpointWrite`; without a group
+one process writes alone:
+
+    begin    process 0 clears what earlier kills left and makes the staging folder `.staging_step_...`    vote
+    write    every process writes its fragments and waits for the disk
+    commit                                                                                                vote
+             process 0 writes the manifest, checks that nothing is missing, renames the folder            vote
+             process 0 moves the `latest` pointer, then removes what need not stay                        vote
+
+`write` needs nobody else and may run beside the training; what goes wrong in it is told by `commit`.
+
+A vote ends either with everybody going on or with everybody raising the same `CheckpointError`. The rename is the
+commit: before it there is no new checkpoint, after it there is one.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from pydantic import ValidationError
+from torch import Tensor
+
+from model.sharding import TensorLayout
+from pretrain.checkpoint.format import (
+    CHUNK_BYTES,
+    FILE_PATTERN,
+    FORMAT_VERSION,
+    FP32_BYTES,
+    KEYS,
+    LARGEST_STEP,
+    LATEST_NAME,
+    MANIFEST_NAME,
+    FileRecord,
+    Fragment,
+    FragmentRecord,
+    Manifest,
+    ParameterRecord,
+    ShardRecord,
+    encode_manifest,
+    first_validation_error,
+    fragment_name,
+    replace_file,
+    shard_name,
+    step_name,
+    sync_folder,
+    write_blocks,
+    write_tensors,
+)
+from pretrain.checkpoint.reader import read_manifest
+from pretrain.checkpoint.retention import FEWEST, Retention, clear_leftovers, discard, prune, remove
+from pretrain.errors import CheckpointError
+from pretrain.resilience.watchdog import reach
+
+SPACE_MARGIN_BYTES = 2**20
+"""Room for headers and the manifest."""
+
+ADVICE = {
+    errno.ENOSPC: "free space there, lower checkpoint.keep, or set run.folder to a larger disk",
+    errno.EDQUOT: "free space there, lower checkpoint.keep, or set run.folder to a larger disk",
+    errno.EROFS: "make it writable, or change run.folder",
+    errno.EACCES: "make it writable, or change run.folder",
+    errno.EPERM: "make it writable, or change run.folder",
+}
+
+
+def write_checkpoint(
+    root: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    layouts: Mapping[str, TensorLayout],
+    state: dict[str, Any],
+    *,
+    tensor_index: int,
+    tensor_size: int,
+    retention: Retention,
+    extra_files: Mapping[str, Path],
+    frozen: Collection[str] = (),
+) -> Path:
+    """Commits one checkpoint in `root` and returns its folder; `CheckpointWrite` from begin to end."""
+    content = Content(Path(root), step, layouts, state, tensor_index, tensor_size, extra_files, frozen)
+    write = CheckpointWrite(content, retention)
+    write.write(fragments)
+    return write.commit()
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds beside its fragments, and where it goes.
+
+    Parameters named in `frozen` have a master alone. `state` and `extra_files` (name in the checkpoint: source) are
+    taken from process 0.
+    """
+
+    root: Path
+    step: int
+    layouts: Mapping[str, TensorLayout]
+    state: dict[str, Any]
+    tensor_index: int
+    tensor_size: int
+    extra_files: Mapping[str, Path]
+    frozen: Collection[str] = ()
+
+    @property
+    def staging(self) -> Path:
+        return self.root / f".staging_{step_name(self.step)}"
+
+    @property
+    def target(self) -> Path:
+        return self.root / step_name(self.step)
+
+
+class CheckpointWrite:
+    """One checkpoint on its way. A `CheckpointError` is the same on all processes and leaves what was there."""
+
+    def __init__(self, content: Content, retention: Retention) -> None:
+        """Begins: all processes call it together."""
+        self.content, self.retention = content, retention
+        self._shard: ShardRecord | None = None
+        self._failure: Exception | None = None
+        self.committed = False
+        """The checkpoint is there, whatever fails afterwards."""
+        self.fragments_written = 0
+        """Fragments of this process whose numbers the file system has taken: a write that goes on counts up."""
+        self._outcome = f"the checkpoint of step {content.step} was not saved, earlier ones are as they were"
+        facts = _gather((content.step, content.tensor_size, _digest(content.layouts)))
+        with self._cleaned_up(), _vote(self._outcome, content.root):
+            _check_arguments(content, retention)
+            if any(theirs != facts[0] for theirs in facts):
+                raise CheckpointError(
+                    f"the processes disagree on (step, tensor-parallel size, parameters): {sorted(set(facts))}"
+                )
+            reach("save.begin", self.content.step)
+            if _process() == 0:
+                _manifest(content, [], [])
+                _prepare(content)
+                reach("save.staging", self.content.step)
+
+    def fail(self, error: Exception) -> None:
+        """What went wrong before `write`; told by `commit`, to everybody."""
+        self._failure = error
+
+    def write(self, fragments: Iterable[Fragment]) -> None:
+        """Writes this process's fragments, which are read once. Of replicated parameters those of tensor index 0
+        count."""
+        try:
+            self._shard = _write_shard(self.content, fragments, self._count_fragment)
+            reach("save.written", self.content.step)
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def _count_fragment(self) -> None:
+        self.fragments_written += 1
+
+    def commit(self) -> Path:
+        """All processes call it together, each after its `write`. Afterwards the folder holds the new checkpoint and
+        the earlier ones that `retention` keeps."""
+        content, first = self.content, _process() == 0
+        with self._cleaned_up():
+            with _vote(self._outcome, content.staging):
+                if self._failure is not None:
+                    raise self._failure
+            shards = _gather_to_first(self._shard)
+            with _vote(self._outcome, content.staging):
+                if first:
+                    extra = [_copy(source, content.staging / name) for name, source in content.extra_files.items()]
+                    written = [record for record in shards if record is not None]
+                    write_blocks(content.staging / MANIFEST_NAME, [_manifest(content, written, extra)])
+                    read_manifest(content.staging)  # what the reader would refuse is not committed
+                    reach("save.manifest", self.content.step)
+                    _commit(content.staging, content.target)
+        self.committed = True
+        with _vote(f"the checkpoint of step {content.step} is saved, but what follows failed", content.root):
+            if first:
+                reach("save.renamed", self.content.step)
+                replace_file(content.root / LATEST_NAME, f"{content.target.name}\n".encode())
+                reach("save.pointer", self.content.step)
+                if os.path.lexists(_aside(content.target)):
+                    discard(_aside(content.target))
+                prune(content.root, content.step, self.retention)
+        return content.target
+
+    @contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if _process() == 0:
+                # The reason of the failure must not be lost to a second one; the next save clears what stays behind.
+                shutil.rmtree(self.content.staging, ignore_errors=True)
+            raise
+
+
+def _process() -> int:
+    """Number of this process in the default group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(value: Any) -> list[Any]:
+    """Everybody's value, at everybody's."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _gather_to_first(value: Any) -> list[Any]:
+    """Everybody's value at process 0, nothing elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if _process() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+@contextmanager
+def _vote(outcome: str, folder: Path) -> Iterator[None]:
+    """Runs its body on all processes; where it failed on one, all raise the first one's error in the same words."""
+    cause = None
+    try:
+        yield
+    except Exception as error:
+        cause = error
+    for process, reason in enumerate(_gather(None if cause is None else _reason(cause, folder))):
+        if reason is not None:
+            failure = CheckpointError(f"{outcome}: on process {process}, {reason}")
+            failure.agreed = True
+            raise failure from cause
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """What went wrong and what to do about it, for people."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        advice = f": {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        return f"{os.strerror(error.errno)} ({error.filename or folder}){advice}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _check_arguments(content: Content, retention: Retention) -> None:
+    if not 0 <= content.step <= LARGEST_STEP:
+        raise ValueError(f"step {content.step} is not between 0 and {LARGEST_STEP}")
+    if not 0 <= content.tensor_index < content.tensor_size:
+        raise ValueError(f"there is no tensor-parallel index {content.tensor_index} among {content.tensor_size}")
+    if retention.keep < FEWEST:
+        raise CheckpointError(f"{retention.keep} checkpoints are too few to keep: set checkpoint.keep to {FEWEST}")
+
+
+def _digest(layouts: Mapping[str, TensorLayout]) -> str:
+    """Short for all parameters and their layouts."""
+    return xxhash.xxh3_64_hexdigest(repr(sorted((name, repr(layout)) for name, layout in layouts.items())).encode())
+
+
+def _manifest(content: Content, shards: list[ShardRecord], extra_files: list[FileRecord]) -> bytes:
+    """The manifest file's bytes."""
+    try:
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            step=content.step,
+            tensor_size=content.tensor_size,
+            parameters={
+                name: ParameterRecord(
+                    shape=list(layout.full_shape), dim=layout.dim, stride=layout.stride, frozen=name in content.frozen
+                )
+                for name, layout in content.layouts.items()
+            },
+            shards=shards,
+            extra_files=extra_files,
+            state=content.state,
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"the manifest cannot hold {first_validation_error(error)}") from error
+    return encode_manifest(manifest)
+
+
+def _prepare(content: Content) -> None:
+    """Clears leftovers, looks for enough room, and makes the staging folder."""
+    root, extra_files = content.root, content.extra_files
+    for name in extra_files:
+        if not re.fullmatch(FILE_PATTERN, name):
+            raise ValueError(f"the extra file {name!r} does not have a plain name")
+    root.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(root)
+    kept = {name: 1 if name in content.frozen else len(KEYS) for name in content.layouts}
+    numbers = sum(prod(layout.full_shape) * kept[name] for name, layout in content.layouts.items())
+    needed_bytes = FP32_BYTES * numbers + SPACE_MARGIN_BYTES
+    needed_bytes += sum(source.stat().st_size for source in extra_files.values())
+    free_bytes = shutil.disk_usage(root).free
+    if free_bytes < needed_bytes:
+        raise CheckpointError(
+            f"{root} has {free_bytes / 1e9:.3f} GB free and a checkpoint takes {needed_bytes / 1e9:.3f} GB: "
+            f"{ADVICE[errno.ENOSPC]}"
+        )
+    if content.staging.exists():  # left by a kill, and not all of it would go
+        remove(content.staging)
+    content.staging.mkdir()
+
+
+def _write_shard(
+    content: Content, fragments: Iterable[Fragment], count_fragment: Callable[[], None]
+) -> ShardRecord | None:
+    """Writes this process's file, unless it owns nothing; `count_fragment` is called behind each fragment."""
+    staging, layouts, tensor_index = content.staging, content.layouts, content.tensor_index
+    if not staging.is_dir():
+        raise CheckpointError(
+            f"{staging}, made by process 0, is not there: set run.folder to a file system that all processes share"
+        )
+    records: list[FragmentRecord] = []
+    tensors: dict[str, Tensor] = {}
+    for fragment in fragments:
+        name = fragment_name(fragment.name, fragment.key, fragment.start)
+        values = fragment.values
+        if fragment.name not in layouts or fragment.key not in KEYS:
+            raise ValueError(f"the fragment {name} belongs to nothing that the checkpoint keeps")
+        if values.dim() != 1 or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"the fragment {name} is {values.dtype} {tuple(values.shape)} and not 1-D float32")
+        if len(values) == 0 or (tensor_index > 0 and layouts[fragment.name].dim is None):
+            continue
+        if name in tensors:
+            raise ValueError(f"the fragment {name} was given twice")
+        tensors[name] = values
+        records.append(
+            FragmentRecord.model_validate(
+                {"parameter": fragment.name, "key": fragment.key, "start": fragment.start, "length": len(values)}
+            )
+        )
+    if not records:
+        return None
+    file = shard_name(tensor_index, _process())
+    shapes = {name: tuple(values.shape) for name, values in tensors.items()}
+    size, checksum = write_tensors(staging / file, shapes, _in_fp32(tensors.values(), content.step, count_fragment))
+    return ShardRecord(file=file, bytes=size, checksum=checksum, tensor_index=tensor_index, fragments=records)
+
+
+def _in_fp32(tensors: Collection[Tensor], step: int, count_fragment: Callable[[], None]) -> Iterator[Tensor]:
+    """One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model."""
+    for number, values in enumerate(tensors):
+        if number == len(tensors) // 2:
+            reach("save.shard", step)
+        yield values.float()
+        count_fragment()
+
+
+def _copy(source: Path, target: Path) -> FileRecord:
+    """Copies a file into the checkpoint."""
+    with source.open("rb") as file:
+        size, checksum = write_blocks(target, iter(lambda: file.read(CHUNK_BYTES), b""))
+    return FileRecord(file=target.name, bytes=size, checksum=checksum)
+
+
+def _aside(target: Path) -> Path:
+    """Where a checkpoint waits while a new one of the same step takes its place."""
+    return target.with_name(f".replaced_{target.name}")
+
+
+def _commit(staging: Path, target: Path) -> None:
+    """Gives the staging folder its name; an older checkpoint of the same step is moved aside until that is done."""
+    sync_folder(staging)
+    aside = _aside(target)
+    replaced = os.path.lexists(target)
+    if replaced:
+        os.rename(target, aside)
+        reach("save.aside")
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if replaced:
+            os.rename(aside, target)
+        raise
+    sync_folder(target.parent)

@@ -1,0 +1,1 @@
+"""Out of and into the low-rank world: consolidated folders, imports, exports."""

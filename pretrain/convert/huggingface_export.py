@@ -1,0 +1,129 @@
+"""Writes a Hugging Face folder out of a consolidated model, and compares what it computes with the factored model.
+
+The weights are streamed: shapes are known beforehand, so a file's header comes first, and then one product W = B A at a
+time is computed in fp32, rounded and written. The written folder is then loaded with transformers and compared with
+the model that was trained.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from model.huggingface.config import huggingface_config
+from model.huggingface.tensors import huggingface_shapes, huggingface_tensors
+from pretrain.checkpoint.format import write_blocks
+from pretrain.convert.consolidated import INDEX_NAME, ConsolidatedModel, plan_files
+from pretrain.convert.logit_comparison import (
+    TOLERANCES,
+    Comparison,
+    compare_logits,
+    comparison_tokens,
+    load_transformers,
+    training_logits,
+    transformers_logits,
+)
+from pretrain.convert.source import DenseSource, dense_source
+from pretrain.errors import CheckpointError
+
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def dense_bytes(consolidated: ConsolidatedModel, dtype: torch.dtype) -> int:
+    """Size of all weights of the export."""
+    return sum(math.prod(shape) * dtype.itemsize for shape in huggingface_shapes(consolidated.config).values())
+
+
+def write_dense_export(
+    consolidated: ConsolidatedModel, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Writes weights, settings and tokenizer of the whole model into `folder`, which is there and empty."""
+    write_huggingface_folder(dense_source(consolidated), folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_huggingface_folder(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Writes a dense model into `folder`, which is there and empty.
+
+    A sentencepiece model goes along: transformers reads tokenizer.json beside it, and an import needs it.
+    """
+    write_weights(source, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    end = source.tokenizer.end_of_document
+    huggingface_config(source.config, end_of_document=end, dtype=dtype).save_pretrained(folder)
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
+    source.tokenizer.export(folder, source.config.sequence_length)
+
+
+def write_weights(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Writes `model.safetensors`, or numbered files of at most `max_shard_bytes` (or one tensor) and their index."""
+    shapes = huggingface_shapes(source.config)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    files = plan_files(sizes, max_shard_bytes)
+    tensors = huggingface_tensors(source.config, {}, source.read)
+    for file, names in files.items():
+        header = _header({name: shapes[name] for name in names}, dtype)
+        write_blocks(folder / file, _blocks(header, names, tensors, dtype))
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        write_blocks(folder / INDEX_NAME, [json.dumps(index, indent=2).encode()])
+
+
+def compare_with_export(consolidated: ConsolidatedModel, folder: Path, *, dtype: torch.dtype) -> Comparison:
+    """Runs a fixed batch through the factored model and through the export in `folder`.
+
+    Raises `CheckpointError` when the logits differ by more than the `dtype`'s tolerance, or are no numbers.
+    """
+    tokens = comparison_tokens(consolidated)
+    ours = training_logits(consolidated, tokens)
+    comparison = compare_logits(ours, transformers_logits(load_transformers(folder), tokens))
+    if not comparison.within(TOLERANCES[dtype]):
+        remedy = "" if dtype == torch.float32 else ", try --dtype float32"
+        raise CheckpointError(
+            f"the export does not compute what the factored model computes: logits differ by up to "
+            f"{comparison.difference:.3g} at a scale of {comparison.scale:.3g}, and {TOLERANCES[dtype]:g} of the "
+            f"scale is allowed for {_type_name(dtype)} (same greedy token at {comparison.same_greedy_tokens} of "
+            f"{comparison.tokens} positions): nothing was exported{remedy}"
+        )
+    return comparison
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The head of a safetensors file; `format` tells transformers that no tensor needs transposing."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(
+    header: bytes, names: list[str], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[bytes | memoryview]:
+    """The bytes of one file; takes its tensors off `tensors`, which has them in the same order."""
+    yield header
+    for name in names:
+        found, tensor = next(tensors)
+        if found != name:
+            raise ValueError(f"{found} came where {name} belongs")
+        rounded = tensor.to(dtype).contiguous()
+        if not rounded.isfinite().all():
+            if tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{name} has values up to {tensor.abs().max().item():.3g}, and {_type_name(dtype)} ends at "
+                    f"{torch.finfo(dtype).max:.3g}: use --dtype bfloat16 or float32"
+                )
+            raise CheckpointError(f"{name} holds NaN or an infinity: export an earlier checkpoint")
+        yield rounded.flatten().view(torch.uint8).numpy().data
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,145 @@
+"""Two models, the same tokens: what an import or export must pass before it gets its name.
+
+    max |theirs - ours|  ≤  tolerance · scale,     scale = max |ours - its mean|
+
+with the mean over the vocabulary, since only differences between logits matter. Both run in fp32 arithmetic, whatever
+type is stored, one after the other. Weights of a Hugging Face folder stay on disk until a module needs them: the dense
+form of a model need not fit into memory.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from model.gpt import EspalierModel, build_model
+from model.process_groups import device, single_process
+from pretrain.convert.consolidated import ConsolidatedModel
+from pretrain.convert.consolidated_model import load_model
+from pretrain.convert.source import DenseSource
+from pretrain.errors import CheckpointError
+from pretrain.tokenizer.base import open_tokenizer
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.01}
+"""Largest difference of a logit, in units of the logits' scale: some four times and more of what random models of 2 to
+24 layers give, which is 4e-6, 0.02 and 0.002. A tensor out of place gives about 1."""
+
+_SEQUENCES = 2
+_MOST_LOGITS = 2**26
+"""The comparison takes as long sequences as keep one model's logits under 256 MiB."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models said to the same tokens."""
+
+    difference: float
+    """Largest absolute difference of a logit."""
+    scale: float
+    sequences: int
+    tokens: int
+    """Positions compared, each over the whole vocabulary."""
+    same_greedy_tokens: int
+    """Positions at which both find the same token most probable."""
+
+    @property
+    def relative_difference(self) -> float:
+        return self.difference / self.scale if self.difference else 0.0
+
+    def within(self, tolerance: float) -> bool:
+        """Written so that NaN, which compares as false, is not."""
+        return self.difference <= tolerance * self.scale
+
+    def facts(self, tolerance: float) -> dict[str, Any]:
+        """For the marker of an export."""
+        return {
+            "largest_logit_difference": self.difference,
+            "logit_scale": self.scale,
+            "relative_difference": self.relative_difference,
+            "tolerance": tolerance,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "same_greedy_tokens": self.same_greedy_tokens,
+        }
+
+
+def compare_logits(ours: Tensor, theirs: Tensor) -> Comparison:
+    """Of logits `(sequences, length, vocabulary)`."""
+    return Comparison(
+        difference=(theirs - ours).abs().max().item(),
+        scale=(ours - ours.mean(-1, keepdim=True)).abs().max().item(),
+        sequences=ours.shape[0],
+        tokens=ours.shape[0] * ours.shape[1],
+        same_greedy_tokens=int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
+    )
+
+
+def comparison_tokens(consolidated: ConsolidatedModel) -> Tensor:
+    """Fixed tokens `(sequences, length)` from all over the vocabulary, with the end of a document first in one sequence
+    and in the middle of another."""
+    vocabulary = consolidated.config.vocabulary
+    length = min(consolidated.config.sequence_length, max(16, _MOST_LOGITS // (_SEQUENCES * vocabulary)))
+    tokens = torch.randint(vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+    end = open_tokenizer(consolidated.tokenizer_path).end_of_document
+    tokens[0, 0] = tokens[1, length // 2] = end
+    return tokens
+
+
+@torch.no_grad()
+def training_logits(consolidated: ConsolidatedModel, tokens: Tensor) -> Tensor:
+    """`(sequences, length, vocabulary)` of our own model; it is gone from memory afterwards."""
+    with single_process():
+        return _logits(load_model(consolidated), tokens)
+
+
+@torch.no_grad()
+def dense_logits(source: DenseSource, tokens: Tensor) -> Tensor:
+    """`(sequences, length, vocabulary)` of what was read, in our dense model, before anything is made of it."""
+    with single_process():
+        model = build_model(source.config, {}, seed=0)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.read(name))
+        return _logits(model.to(device()), tokens)
+
+
+def _logits(model: EspalierModel, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[1], device=device()).expand_as(tokens)
+    logits = model.eval()(tokens.to(device()), positions, None)
+    return logits[..., : model.model_config.vocabulary].float().cpu()
+
+
+def load_transformers(folder: Path, *, foreign: bool = False, in_memory: bool = False) -> torch.nn.Module:
+    """What transformers makes of a folder; `CheckpointError` if it does not find all weights there, or more than those
+    in a folder that is not `foreign`: old ones of others hold constants as well.
+
+    Unless `in_memory`, accelerate reads a module's weights when the module runs, and lets go of them.
+    """
+    place = None if in_memory else {"": "disk"}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map=place,
+        )
+    except Exception as error:  # whatever a setting of others leads to inside transformers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+    # transformers fills what it misses with random numbers and goes on.
+    ignored = {"unexpected_keys"} if foreign else set()
+    problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind not in ignored}
+    if problems:
+        raise CheckpointError(f"transformers does not find the weights of {folder} in order: {problems}")
+    return model.eval()
+
+
+@torch.no_grad()
+def transformers_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """`(sequences, length, vocabulary)`, computed on the CPU: there weights come from disk."""
+    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()

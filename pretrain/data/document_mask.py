@@ -1,0 +1,74 @@
+"""Documents inside a sample: where each begins, and attention that stays inside them.
+
+The end-of-document token is the label behind the last token of a document, and the first token the next one is
+predicted from. So as an input it begins the next document: positions start there with 0, as they do when a model is
+asked for a new document. A sample that begins inside a document takes its rest for a document.
+
+    tokens       b  c  <end>  d  e  f  <end>  g        labels   c  <end>  d  e  f  <end>  g  h
+    positions    0  1    0    1  2  3    0    1
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.costs.arithmetic import packs_documents
+from model.process_groups import device
+from pretrain.config.run import RunConfig
+
+NUMBER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class WithinDocuments:
+    """The samples of a `GPTDataset` with positions that begin anew at every document, and where they do."""
+
+    def __init__(self, samples: Any, end_of_document: int) -> None:
+        self._samples, self._end = samples, end_of_document
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample `index`: tokens, labels, loss_mask (fp32), position_ids and document_starts (bool), each
+        (sequence_length,)."""
+        sample = self._samples[index]
+        positions = positions_within(sample["tokens"], self._end)
+        return {**sample, "position_ids": positions, "document_starts": positions == 0}
+
+
+def positions_within(tokens: Tensor, end_of_document: int) -> Tensor:
+    """Position of each of `tokens (..., seq)` in its document, as int64 of that shape."""
+    places = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
+    starts = torch.where(tokens == end_of_document, places, 0)
+    return places - starts.cummax(-1).values
+
+
+def document_bounds(starts: Tensor) -> Tensor:
+    """Where in all tokens of a batch documents begin, and where the last one ends: int32 `(documents + 1,)`, from
+    `starts (batch, seq)`, true where one begins. On the host, for a device would have to be waited for: their number
+    varies."""
+    return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])]).int()
+
+
+def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device; in place of a
+    mask the bounds of documents, where a GPU can do with them."""
+    tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
+    if not config.data.within_documents:
+        return tokens, positions, None
+    kind = NUMBER_TYPES[config.train.precision]
+    if device().type == "cuda" and packs_documents(config.model, kind.itemsize):
+        return tokens, positions, batch["document_bounds"].to(device())
+    return tokens, positions, outside_mask(positions, kind, causal=not config.model.bidirectional)
+
+
+def outside_mask(positions: Tensor, kind: torch.dtype, *, causal: bool) -> Tensor:
+    """What a query may not see: -inf in `(batch, 1, seq, seq)`, else 0, from `positions (batch, seq)`. These are other
+    documents, and the tokens to come if `causal`."""
+    document = (positions == 0).cumsum(-1)
+    hidden = document[:, None, :, None] != document[:, None, None, :]
+    if causal:
+        hidden = hidden | torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
+    return torch.zeros(hidden.shape, dtype=kind, device=hidden.device).masked_fill_(hidden, -torch.inf)

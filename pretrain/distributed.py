@@ -1,0 +1,131 @@
+"""The distributed life of a run: joining, agreeing, leaving."""
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from megatron.core import parallel_state
+
+from pretrain.config.run import GuardConfig, RunConfig
+from pretrain.device_check import check_device, meet
+from pretrain.device_settings import collective_timeout, settle_device
+from pretrain.devices import processes_of_machine
+from pretrain.errors import ConfigError, EspalierError
+
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+@contextmanager
+def imports_out_of_collection() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what is there already.
+
+    Imports leave a million objects behind; walking them makes a full collection, of which every augmentation needs one,
+    take 0.3 s instead of 0.02.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
+    """Joins the processes the launcher started (without a launcher: alone) and leaves them in order; yields their
+    number. How they compute and how long they wait for each other follows from `config`, or is as by default.
+
+    Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
+    """
+    if sys.prefix != sys.base_prefix:
+        # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+    _take_place_from_mpi()
+    if "RANK" in os.environ:
+        _end_with_the_launcher()
+    else:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+    settle_device(config)
+    precision, guard = ("fp32", GuardConfig()) if config is None else (config.train.precision, config.guard)
+    check_device(precision, max(processes_of_machine(1), int(os.environ["LOCAL_RANK"]) + 1))
+    check_precision(precision)
+    timeout = collective_timeout(guard.hang_seconds)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    try:
+        if backend == "nccl":
+            meet(torch.device("cuda", torch.cuda.current_device()))
+        with imports_out_of_collection():
+            yield dist.get_world_size()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _take_place_from_mpi() -> None:
+    """OpenMPI's mpirun names a process's place in its own way."""
+    for ours, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
+        if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
+            os.environ.setdefault(ours, os.environ[f"OMPI_COMM_WORLD_{theirs}"])
+
+
+def _end_with_the_launcher() -> None:
+    """Asks the kernel for SIGTERM when the process that started this one ends, even if by SIGKILL (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_precision(precision: str) -> None:
+    """ConfigError if this machine's device cannot train in `precision`."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"DeepSpeed has no fp16 on this machine's {get_accelerator().device_name()} device: set train.precision to "
+            "bf16 or fp32"
+        )
+
+
+def is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every process; when it fails on any, all raise the error of the first that failed.
+
+    So a file that only one node misses ends the run with one sentence instead of leaving the others waiting.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except EspalierError as raised:
+        error = raised
+    errors: list[EspalierError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    failed = next((one for one in errors if one is not None), None)
+    if failed is not None:
+        failed.agreed = True
+        raise failed
+    return result  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Ranks change: measured, asked for, and carried out."""

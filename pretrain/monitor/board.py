@@ -1,0 +1,113 @@
+"""The TensorBoard files of a run: scalars, pictures, events as text and as marks on the loss, settings, and the charts
+it opens with.
+
+TensorBoard's horizontal axis is a whole number, the step. The loss against FLOPs and against seconds therefore has
+writers of its own, in folders that TensorBoard shows as runs of their own: there the "step" counts 10⁹ FLOPs, or
+seconds. The tags are the same in every run, so any runs that are shown together are drawn over each other.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from pretrain.config.run import RunConfig
+from pretrain.monitor.spectrum_report import TRACKING_CHARTS
+from pretrain.monitor.spending import Spending
+
+UNMARKED = ("validation", "decision", "null", "checkpoint")
+"""Kinds of events that are curves of their own, come before the first loss, or are too many."""
+CHARTS = {
+    "Espalier": {
+        "loss, with events": ["Multiline", ["train/lm_loss", "validation/lm_loss", "event/.*"]],
+        "mean rank": ["Multiline", ["rank/mean"]],
+        "loss against FLOPs (10⁹)": ["Multiline", ["by_gflops/.*"]],
+        "loss against seconds of training": ["Multiline", ["by_seconds/.*"]],
+        "rank by layer and projection": ["Multiline", ["rank/layer_.*"]],
+        "throughput": ["Multiline", ["throughput/tokens_per_second"]],
+    }
+}
+_SETTINGS = {
+    "model": ("family", "parametrization", "factored_layers", "layers", "hidden", "heads", "sequence_length"),
+    "train": ("objective", "steps", "global_batch", "precision", "clip"),
+    "optimizer": ("learning_rate", "minimum_learning_rate", "beta1", "beta2", "weight_decay"),
+    "schedule": ("shape", "warmup_steps"),
+    "rank": ("policy", "initial", "quantum", "budget", "budget_unit", "threshold"),
+    "parallel": ("tensor",),
+    "deepspeed": ("stage",),
+    "run": ("seed",),
+}
+"""What the table of hyperparameters has."""
+_FIRST_SETTINGS = ("model.parametrization", "optimizer.learning_rate", "rank.budget", "rank.initial", "rank.policy")
+"""The columns of it that are shown unasked: TensorBoard takes five."""
+
+
+class Board:
+    """Writes; whatever cannot be written is an OSError."""
+
+    def __init__(self, folder: Path, config: RunConfig, resumed_step: int, spending: Spending) -> None:
+        self._main = _writer(folder, resumed_step)
+        self._by_gflops = _writer(folder / "by_gflops", _gflops(spending))
+        self._by_seconds = _writer(folder / "by_seconds", round(spending.seconds))
+        self._main.add_custom_scalars(CHARTS | (TRACKING_CHARTS if config.rank.track else {}))
+        metrics = ("validation/lm_loss", "train/lm_loss", "rank/mean", "rank/total_parameters")
+        for summary in hparams(_hyperparameters(config), dict.fromkeys(metrics)):
+            _put_first(summary)
+            self._main.file_writer.add_summary(summary)  # type: ignore[attr-defined]  # torch declares it as None
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for tag, value in scalars.items():
+            self._main.add_scalar(tag, value, step)
+
+    def loss(self, name: str, lm_loss: float, spending: Spending) -> None:
+        """A loss of training or of validation, at what was spent on it; the scalars have it by steps."""
+        self._by_gflops.add_scalar(f"by_gflops/{name}", lm_loss, _gflops(spending))
+        self._by_seconds.add_scalar(f"by_seconds/{name}", lm_loss, round(spending.seconds))
+
+    def figure(self, step: int, tag: str, figure: Figure) -> None:
+        self._main.add_figure(tag, figure, step)
+
+    def event(self, step: int, kind: str, facts: Mapping[str, Any], lm_loss: float | None) -> None:
+        """An event as text; and as a mark at the height of the last loss, where there is one."""
+        rows = [f"| {name} | {_shown(value)} |" for name, value in facts.items() if not isinstance(value, Mapping)]
+        self._main.add_text(f"event/{kind}", "\n".join([f"| {kind} | step {step} |", "|---|---|", *rows]), step)
+        if lm_loss is not None and kind not in UNMARKED:
+            self._main.add_scalar(f"event/{kind}", lm_loss, step)
+
+    def close(self) -> None:
+        for writer in (self._main, self._by_gflops, self._by_seconds):
+            writer.close()
+
+
+def _writer(folder: Path, reached: int) -> SummaryWriter:
+    """What an earlier life wrote behind `reached` is taken back."""
+    return SummaryWriter(str(folder), purge_step=reached + 1 if reached else 0, flush_secs=10)
+
+
+def _gflops(spending: Spending) -> int:
+    return int(spending.flops // 1e9)
+
+
+def _hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
+    found = {f"{name}.{key}": getattr(getattr(config, name), key) for name, keys in _SETTINGS.items() for key in keys}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _put_first(summary: Summary) -> None:
+    """TensorBoard sorts settings by name, those that are declared to differ between runs before the others."""
+    data = summary.value[0].metadata.plugin_data
+    declared = HParamsPluginData.FromString(data.content)
+    for setting in declared.experiment.hparam_infos:
+        setting.differs = setting.name in _FIRST_SETTINGS
+    data.content = declared.SerializeToString()
+
+
+def _shown(value: object) -> str:
+    """One cell of a table of Markdown, which TensorBoard itself keeps free of HTML."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,1 @@
+"""Faults: seen, survived, and made on purpose."""

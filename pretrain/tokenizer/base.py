@@ -1,0 +1,106 @@
+"""The tokenizer of a run: what every kind of it can do, and how one is opened.
+
+Two kinds: a sentencepiece model of `tools/train_tokenizer.py` (`pretrain/tokenizer/sentencepiece.py`), whose text comes
+back exactly, and a Hugging Face `tokenizer.json` (`pretrain/tokenizer/huggingface.py`), such as published models have.
+A checkpoint, a consolidated folder and an export keep the tokenizer's files under the names of `Tokenizer.files`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import DataError
+
+MODEL_NAME = "tokenizer.model"
+"""A sentencepiece model."""
+JSON_NAME = "tokenizer.json"
+"""A Hugging Face tokenizer."""
+SETTINGS_NAME = "tokenizer_config.json"
+"""Names the special tokens of a Hugging Face tokenizer."""
+FILE_NAMES = (MODEL_NAME, JSON_NAME, SETTINGS_NAME)
+
+
+class Tokenizer(ABC):
+    """Text to ids and back; also what megatron-core's datasets ask of a tokenizer (`eod`, `vocab_size`, ...)."""
+
+    path: Path
+    """Of the file that has the vocabulary."""
+    fingerprint: str
+    """Of all that decides about ids."""
+    vocabulary: int
+    end_of_document: int
+    mask: int | None
+    """Id of the mask token; None in a tokenizer without one."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """For a report."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; no special tokens, not even where the text spells one."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control tokens decode to nothing."""
+
+    @abstractmethod
+    def ordinary_tokens(self) -> np.ndarray:
+        """Which ids stand for text, bool (vocabulary,): all but control tokens and the unknown token."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes each token stands for, int64 (vocabulary,); 0 for control tokens."""
+
+    @abstractmethod
+    def files(self) -> dict[str, Path]:
+        """What has to be kept to open it again, by names of `FILE_NAMES`."""
+
+    @abstractmethod
+    def export(self, folder: Path, sequence_length: int) -> None:
+        """Writes what `AutoTokenizer.from_pretrained(folder)` and `open_tokenizer` of the folder's file read;
+        `sequence_length` becomes `model_max_length`."""
+
+    @abstractmethod
+    def comes_back(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the `ids` of `text` decode to it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """megatron-core's name for `vocabulary`."""
+        return self.vocabulary
+
+    @property
+    def eod(self) -> int:
+        """megatron-core's name for `end_of_document`."""
+        return self.end_of_document
+
+    @cached_property
+    def unique_identifiers(self) -> dict[str, str]:
+        """What tells this tokenizer from others in megatron-core's description of a dataset."""
+        return {"class": type(self).__name__, "fingerprint": self.fingerprint}
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a sentencepiece model file, a tokenizer.json, or a folder that holds one of them; DataError
+    where there is none or one that cannot be used."""
+    from pretrain.tokenizer.huggingface import HuggingFaceTokenizer
+    from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer
+
+    path = Path(path)
+    if path.is_dir():
+        name = main_file({file.name for file in path.iterdir()})
+        if name is None:
+            raise DataError(f"{path} holds neither {MODEL_NAME} nor {JSON_NAME}: set data.tokenizer to a tokenizer")
+        path = path / name
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def main_file(names: Collection[str]) -> str | None:
+    """Which of the files in a folder is to be opened. Exports of ours hold a model and, for others, its JSON form; the
+    model decides. Folders of published models may hold both, too: there, name the file."""
+    return next((name for name in (MODEL_NAME, JSON_NAME) if name in names), None)

@@ -1,0 +1,171 @@
+"""A sentencepiece model as tokenizer, under conditions that make it exact.
+
+1. decode(encode(text)) == text: no normalization, no added or removed whitespace, bytes for what has no piece. The only
+   exception is U+2581, sentencepiece's own sign for a space, which comes back as a space.
+2. Text stays text: `<s>` or `<0x0A>` in a document are spelled out; special tokens are only ever added by id.
+3. The same ids from sentencepiece and from the exported Hugging Face tokenizer. For that, text is cut where no piece
+   can reach across (between a word and the space in front of the next), and inside a run of more than `MAXIMUM_RUN`
+   characters of either kind; and unigram scores are multiples of `SCORE_QUANTUM`, so that the sums of a segment are
+   exact in sentencepiece's single precision as well as in double: no rounding decides between two segmentations.
+
+`tools/train_tokenizer.py` writes such models; any other model is refused when it is opened.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from pretrain.errors import DataError
+from pretrain.tokenizer.base import MODEL_NAME, Tokenizer
+
+SPACE = "\u2581"
+"""Stands for a space inside pieces."""
+END_OF_DOCUMENT = f"<|end{SPACE}of{SPACE}document|>"
+"""Spelling of the control token behind every document; added by id, never read from text."""
+MASK = "<mask>"
+"""Spelling of the control token that hides a token from a masked objective, where the tokenizer has one; the same."""
+MAXIMUM_RUN = 1536
+"""Longest run of spaces, and of other characters, that is encoded as a whole."""
+SCORE_QUANTUM = 2.0**-7
+"""Unigram scores are multiples of it."""
+LARGEST_EXACT_SUM = SCORE_QUANTUM * 2**24
+"""Single precision holds every multiple of `SCORE_QUANTUM` up to here."""
+UNKNOWN_PENALTY = 10.0
+"""A character without a piece costs sentencepiece's unigram model this much more than the rarest piece."""
+SEGMENT_PATTERN = f"[ {SPACE}]{{1,{MAXIMUM_RUN}}}[^ {SPACE}]{{0,{MAXIMUM_RUN}}}|[^ {SPACE}]{{1,{MAXIMUM_RUN}}}"
+"""One word with the spaces in front of it: no piece reaches beyond it."""
+
+_SEGMENT = re.compile(SEGMENT_PATTERN)
+# Some thousand characters of whole words: fewer calls than one per word, the same ids.
+_BLOCK = re.compile(rf"(?s:.{{1,1024}})[ {SPACE}]*[^ {SPACE}]*")
+_PIECE = re.compile(f"{SPACE}+|{SPACE}?[^ {SPACE}]+")
+
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+TrainerSpec = sentencepiece_model_pb2.TrainerSpec
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"cannot read the tokenizer {self.path} ({error.strerror}): set data.tokenizer (--tokenizer-model) "
+                "to a file written by tools/train_tokenizer.py"
+            ) from error
+        self.fingerprint: str = hashlib.sha256(content).hexdigest()
+        try:
+            self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise DataError(
+                f"{self.path} is not a sentencepiece model: train one with tools/train_tokenizer.py"
+            ) from error
+        self.model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        reason = _reason_against(self.model)
+        if reason:
+            raise DataError(
+                f"the tokenizer {self.path} cannot be used exactly: {reason}; train one with tools/train_tokenizer.py"
+            )
+        self.vocabulary: int = len(self.model.pieces)
+        self.end_of_document: int = self._processor.eos_id()
+        masks = [token for token, piece in enumerate(self.model.pieces) if piece.piece == MASK]
+        self.mask: int | None = masks[0] if masks else None
+        """Id of the mask token; None in a tokenizer that was trained without one."""
+
+    @property
+    def kind(self) -> Literal["bpe", "unigram"]:
+        return "bpe" if self.model.trainer_spec.model_type == TrainerSpec.BPE else "unigram"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; no special tokens."""
+        segments: list[str] = []
+        for block in _BLOCK.findall(text):
+            if len(block) > MAXIMUM_RUN:
+                segments += _SEGMENT.findall(block)
+            else:
+                segments.append(block)
+        return [token for ids in self._processor.encode(segments, num_threads=1) for token in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control tokens decode to nothing."""
+        text: str = self._processor.decode([int(token) for token in ids])
+        return text
+
+    def ordinary_tokens(self) -> np.ndarray:
+        """Which ids stand for text, bool (vocabulary,): all but control tokens and the unknown token."""
+        return np.array([piece.type in (Piece.NORMAL, Piece.BYTE) for piece in self.model.pieces])
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes each token stands for, int64 (vocabulary,); 0 for control tokens."""
+        lengths = np.zeros(self.vocabulary, dtype=np.int64)
+        for token, piece in enumerate(self.model.pieces):
+            if piece.type == Piece.BYTE:
+                lengths[token] = 1
+            elif piece.type == Piece.NORMAL:
+                lengths[token] = len(piece.piece.replace(SPACE, " ").encode())
+        return lengths
+
+    def comes_back(self, text: str, ids: Sequence[int]) -> bool:
+        return SPACE not in text  # by the conditions above
+
+    def files(self) -> dict[str, Path]:
+        return {MODEL_NAME: self.path}
+
+    def export(self, folder: Path, sequence_length: int) -> None:
+        from pretrain.tokenizer.sentencepiece_export import export_tokenizer
+
+        export_tokenizer(self, folder, sequence_length)
+        shutil.copyfile(self.path, folder / MODEL_NAME)
+
+
+def is_exact(path: Path) -> bool:
+    """Whether a file is a sentencepiece model that meets the conditions above."""
+    try:
+        SentencePieceTokenizer(path)
+    except DataError:
+        return False
+    return True
+
+
+def _reason_against(model: Any) -> str | None:
+    """Why a model does not meet the conditions in this module's docstring, or None."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type not in (TrainerSpec.BPE, TrainerSpec.UNIGRAM):
+        return "it is neither a BPE nor a unigram model"
+    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+        return "it normalizes text or its whitespace, so text does not come back as it was"
+    if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
+        return "it does not write a space as U+2581 in front of a word"
+    if sum(piece.type == Piece.BYTE for piece in model.pieces) != 256:
+        return "it has no byte fallback, so rare characters are lost"
+    ends = [token for token, piece in enumerate(model.pieces) if piece.piece == END_OF_DOCUMENT]
+    if ends != [trainer.eos_id] or model.pieces[trainer.eos_id].type != Piece.CONTROL:
+        return f"it has no end-of-document token {END_OF_DOCUMENT}"
+    if any(piece.piece == MASK and piece.type != Piece.CONTROL for piece in model.pieces):
+        return f"its piece {MASK} is no control token, so the mask could be read from text"
+    characters = {piece.piece for piece in model.pieces if piece.type == Piece.NORMAL}
+    if not characters.issuperset(map(chr, range(0x21, 0x7F))):
+        return "it lacks some of the 94 printable ASCII characters, which spell special strings in text"
+    for piece in model.pieces:
+        if piece.type not in (Piece.NORMAL, Piece.BYTE, Piece.CONTROL, Piece.UNKNOWN):
+            return f"it has user-defined or unused pieces such as {piece.piece!r}"
+        if piece.type == Piece.NORMAL and not _PIECE.fullmatch(piece.piece):
+            return f"its piece {piece.piece!r} reaches over a space into another word"
+    if trainer.model_type == TrainerSpec.UNIGRAM:
+        scores = [piece.score for piece in model.pieces if piece.type == Piece.NORMAL]
+        if any(score % SCORE_QUANTUM for score in scores):
+            return f"its scores are not multiples of {SCORE_QUANTUM}, so long sums depend on rounding"
+        lowest = min(scores) - UNKNOWN_PENALTY
+        if 2 * MAXIMUM_RUN * -lowest > LARGEST_EXACT_SUM or max(scores) > 0:
+            return f"its scores run from {min(scores)} to {max(scores)}, too far for exact sums"
+    return None

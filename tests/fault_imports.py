@@ -1,3 +1,0 @@
-"""What the server process of `tests/fault_runs.py` imports, once for all runs."""
-
-import pretrain.train  # noqa: F401

@@ -1,0 +1,3 @@
+"""What the server process of `tests/support/fault_runs.py` imports, once for all runs."""
+
+import pretrain.train  # noqa: F401

@@ -1,0 +1,1 @@
+"""The report of a run: what is read, drawn and written."""
