@@ -20,10 +20,10 @@ GPT2 = ["model.family=gpt2"]
 DENSE = [*FIXED, "model.parametrization=dense"]
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 KERNELS_OF_PLAIN_STEP = {
-    "llama": (FIXED, 250),
-    "llama dense": (DENSE, 269),
-    "llama documents": ([*FIXED, "data.within_documents=true"], 265),
-    "llama dropout": ([*FIXED, *DROPOUT], 316),
+    "llama": (FIXED, 248),
+    "llama dense": (DENSE, 266),
+    "llama documents": ([*FIXED, "data.within_documents=true"], 258),
+    "llama dropout": ([*FIXED, *DROPOUT], 307),
     "gpt2": ([*GPT2, *FIXED], 233),
     "gpt2 dense": ([*GPT2, *DENSE], 186),
 }

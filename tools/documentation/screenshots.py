@@ -130,6 +130,8 @@ def main() -> None:
     arguments = parser.parse_args()
     browser = find_browser()
     runs = [RunHistory(arguments.run), RunHistory(arguments.beside)]
+    if runs[0].name == runs[1].name:
+        raise ConfigError(f"--run and --beside are both called {runs[0].name}: rename one of the folders")
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.html"
