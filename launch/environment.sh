@@ -104,7 +104,7 @@ install_torch() {
             return
         fi
         case "$complaint" in
-        *"No matching distribution"*) ;;
+        *"No matching distribution"* | *ResolutionImpossible*) ;; # the latter where pip has constraints of its own
         *)
             echo "$complaint" >&2
             fail "torch $version could not be installed"
