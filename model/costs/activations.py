@@ -79,7 +79,7 @@ def _outside_layers(config: ModelConfig, tensor_size: int, element_bytes: int, g
     if in_stream and tensor_size > 1:
         norm = (2 * element_bytes + FP32_BYTES) * stream
     else:
-        norm = element_bytes * stream if config.family == "gpt2" else 2 * FP32_BYTES * stream
+        norm = element_bytes * stream if config.norm == "layernorm" else 2 * FP32_BYTES * stream
     mask = dropout_mask_bytes(config, gpu) * stream
     logits = loss_bytes(config, tensor_size, element_bytes, gpu)
     return norm + element_bytes * config.hidden + logits + 2 * INTEGER_BYTES + mask

@@ -27,10 +27,10 @@ def linear_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
 
 def total_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
     """Every number of the model, padded vocabulary rows included."""
-    norm = config.hidden * (2 if config.family == "gpt2" else 1)
+    norm = config.hidden * len(config.norm_parameters)
     norms = norm * (2 * config.layers + 1)
     biases = sum(p.out_features for p in projections(config)) if config.biases else 0
-    positions = config.sequence_length * config.hidden if config.family == "gpt2" else 0
+    positions = config.sequence_length * config.hidden if config.learned_positions else 0
     embeddings = config.padded_vocabulary * config.hidden * (1 if config.tied_embeddings else 2)
     return linear_parameters(config, ranks) + norms + biases + positions + embeddings
 
@@ -133,13 +133,8 @@ def _bottleneck_bytes(
     config: ModelConfig, projection: Projection, rank: int, tensor_parallel: int, element_bytes: int
 ) -> int:
     """Of one row of the all-reduced buffer (of the product alone, where there is nothing to reduce)."""
-    statistics = tensor_parallel * statistic_parts(element_bytes) * _norm_statistics(config)
+    statistics = tensor_parallel * statistic_parts(element_bytes) * config.norm_statistics
     return element_bytes * (rank + (statistics if projection.normed and tensor_parallel > 1 else 0))
-
-
-def _norm_statistics(config: ModelConfig) -> int:
-    """Root mean square, or mean and standard deviation."""
-    return 1 if config.family == "llama" else 2
 
 
 def _attention_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int, gpu: bool, packed: bool) -> int:
@@ -152,7 +147,7 @@ def _attention_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: i
     shared = gpu and element_bytes == 2  # keys and values, by the queries of a group
     if packed:
         attention = 4 * queries  # all three one sample behind the other, keys and values repeated; and so the result
-    elif config.family == "gpt2":
+    elif config.learned_positions:
         attention = qkv
     elif own_groups < own_heads and not shared:
         attention = 3 * queries  # rotated queries; keys and values, repeated
@@ -177,7 +172,7 @@ def _input_bytes(
     element_bytes: int,
 ) -> int:
     """Saved by a norm and the bottleneck behind it, or by the bottleneck alone."""
-    statistics = _norm_statistics(config)
+    statistics = config.norm_statistics
     bottleneck = element_bytes * (rank or 0)
     if not projection.normed:
         return bottleneck

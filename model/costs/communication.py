@@ -136,11 +136,6 @@ class TensorTraffic:
     def _in_stream(self) -> bool:
         return self.config.parametrization == "factored"
 
-    @property
-    def _statistics(self) -> int:
-        """Numbers that a norm sends for each token and process, before they are split for 16 bits."""
-        return 1 if self.config.family == "llama" else 2
-
     def _message(self, kind: Kind, numbers: int) -> Collective:
         return Collective(kind, "tensor", numbers * self.element_bytes)
 
@@ -148,7 +143,7 @@ class TensorTraffic:
         return StepCollectives([self._message(forward, numbers)], [self._message(backward, numbers)])
 
     def _norm(self) -> StepCollectives:
-        numbers = self.tokens * self.processes * self._statistics
+        numbers = self.tokens * self.processes * self.config.norm_statistics
         message = Collective("all_reduce", "tensor", numbers * FP32_BYTES)
         return StepCollectives([message], [message])
 
@@ -156,8 +151,9 @@ class TensorTraffic:
         """Numbers in the buffer of a factored layer's forward all-reduce (`model/layers/bottleneck.py`)."""
         if not projection.normed:
             return self.tokens * rank
-        columns = self._statistics * (1 if self.element_bytes == FP32_BYTES else 2)
-        rows = 2 if self.config.family == "gpt2" else 0
+        # In 16 bits every statistic is sent in two parts.
+        columns = self.config.norm_statistics * (1 if self.element_bytes == FP32_BYTES else 2)
+        rows = 2 if self.config.norm == "layernorm" else 0
         return (self.tokens + self.processes * rows) * (rank + self.processes * columns)
 
 
