@@ -9,7 +9,7 @@ The contestants have the same shapes and stand in one process group; each repeti
 other, so that whatever else the machine does meets them alike, and ratios are of one repetition:
 
     dense           megatron-core's own layers
-    vanilla         A and B split along the rank, as published (vanilla_low_rank.py): an A for each of q, k, v ...
+    vanilla         A and B split along the rank, as published: an A for each of q, k, v ...
     vanilla_shared  the same with our shared A: the very function of ours, with its parameters and FLOPs
     factored        ours
 
@@ -40,9 +40,8 @@ from pretrain.errors import ConfigError, run_command
 from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
 from tools.arguments import output_file, positive
 from tools.benchmarks.collective_counter import CollectiveCounter
-from tools.benchmarks.network_namespaces import transmitted_bytes
+from tools.benchmarks.network_namespaces import launch, transmitted_bytes
 from tools.benchmarks.tensor_parallel_contestants import DTYPES, Contestant, build_contestants
-from tools.benchmarks.tensor_parallel_launch import launch
 from tools.experiments.race_results import hardware
 
 RAW_NUMBERS = 4 * 2**20

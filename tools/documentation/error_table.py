@@ -41,7 +41,7 @@ AREAS = {
     "|engine/(replica_check|zero3|optimizer_state))",
     "Consolidated models, imports, exports": "pretrain/(convert/.*|disk|evaluation)|model/huggingface/.*"
     "|tools/(consolidate_checkpoint|densify_checkpoint|export_adapter|import_huggingface|inspect_checkpoint"
-    "|model_export|generate|text_model|evaluate)",
+    "|model_export|generate|evaluate)",
     "Benchmarks, plans, reports": ".*",
 }
 """Headings, and the files whose messages stand below each; the first that fits."""
