@@ -16,7 +16,7 @@ from pretrain.monitor.run_folder import replace_text
 from pretrain.planning.fitting import fits, fitting_setup
 from pretrain.planning.rank_outlook import moments
 from pretrain.planning.step import Assumptions, Machine, StepPlan, plan_step
-from tools.plan_run import surroundings
+from tools.plan_run import Surroundings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configs.md"
@@ -46,7 +46,8 @@ def config_of(name: str) -> RunConfig:
 def plans(name: str) -> tuple[RunConfig, Machine, Assumptions, list[StepPlan]]:
     """The first and the largest moment of a run; ConfigError if one does not fit."""
     config = config_of(name)
-    machine, assumed = surroundings(config, NODES["_".join(name.split("_")[:2])], GPUS_PER_NODE)
+    surroundings = Surroundings(NODES["_".join(name.split("_")[:2])], GPUS_PER_NODE)
+    machine, assumed = surroundings.machine(), surroundings.assumptions(config.train.precision)
     ahead = moments(config)
     ahead = ahead[:-1] or ahead  # the last one is the dense model, for comparison
     setup = fitting_setup(config, ahead[-1], machine, assumed)
