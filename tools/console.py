@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDEST = 1000
-"""Columns of the page that tables are laid out on: nothing is cut or folded, in a pipe neither."""
+"""Width of the page that tables are laid out on: nothing is cut or folded, and a pipe gets the same text."""
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
@@ -37,17 +37,17 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
 
 
 class Bar:
-    """How far one piece of work is."""
+    """The bar of one piece of work."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, done: float = 1.0) -> None:
-        """So much more is done."""
+        """Moves the bar on by `done`."""
         self._progress.advance(self._task, done)
 
     def stand(self, done: float, note: str) -> None:
-        """So much is done altogether; `note` is shown behind the bar."""
+        """Sets the bar to `done` altogether, and shows `note` behind it."""
         self._progress.update(self._task, completed=done, note=note)
 
 

@@ -194,7 +194,7 @@ def _compare_recomputation(rows: list[Row], family: Family, dry: bool) -> None:
 
 
 def _compare_dropout(rows: list[Row]) -> None:
-    """Of ones, a share of 1 - p is kept and becomes 1 / (1 - p); six deviations are allowed."""
+    """Checks dropout on ones: a share of 1 - p is kept and becomes 1 / (1 - p); six deviations are allowed."""
     for dtype in ALLOWED:
         ones = torch.ones(1000, 1000, device=device(), dtype=dtype)
         dropped = CounterDropout(DropoutCounter(1), DROPOUT, 1, "attention_output", sharded=True)(ones)

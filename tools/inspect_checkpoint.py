@@ -58,7 +58,7 @@ def checkpoint_report(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _setting(reader: CheckpointReader, section: str, key: str) -> Any:
-    """Of the run that wrote the checkpoint; None where it does not say."""
+    """One setting of the run that wrote the checkpoint; None where the checkpoint does not say."""
     content: Any = reader.state.get("config")
     for name in (section, key):
         content = content.get(name) if isinstance(content, dict) else None

@@ -94,7 +94,7 @@ class Rest:
     mean_rank: float
     decisions: int
     largest_demand: float
-    """Of all layers and decisions; 0 for a policy that measures none."""
+    """Largest measured value over all layers and decisions; 0 for a policy that measures none."""
 
 
 def null_rank(

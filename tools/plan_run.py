@@ -63,9 +63,10 @@ class Surroundings:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} is {share:g}, and it is a share: give a number from 0 to 1")
         for name in ("node_latency", "network_latency"):
-            if getattr(self, name) < 0.0:
+            seconds = getattr(self, name)
+            if seconds < 0.0:
                 flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} is {getattr(self, name):g}: give seconds from 0 upwards")
+                raise ConfigError(f"--{flag} is {seconds:g}: give seconds from 0 upwards")
 
     def machine(self) -> Machine:
         memory = self.memory or DEVICES[self.device].memory_bytes

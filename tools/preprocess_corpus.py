@@ -37,7 +37,7 @@ from tools.corpus.encoding import encode_all
 from tools.corpus.parts import PartFolder, Unit, batches, flush_to_disk, plan_units, token_type_of
 
 FORMAT = 1
-"""Of the parts: raised when other tokens come out of the same input."""
+"""Version of the parts: raised when other tokens come out of the same input."""
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ def _real_rows(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _padded_rows(config: ModelConfig, theirs: tuple[Tensor, ...]) -> Tensor:
-    """With zeros for the rows that only pad the vocabulary."""
+    """The word embedding or output layer with zero rows behind it, which pad the vocabulary."""
     return nn.functional.pad(theirs[0], (0, 0, 0, config.padded_vocabulary - config.vocabulary))
 
 
@@ -138,7 +138,7 @@ def _interleaved(config: ModelConfig, theirs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _stacked(config: ModelConfig, rows: Tensor) -> Tensor:
-    """q over k over v."""
+    """`rows` of all query groups, reordered: q over k over v."""
     return torch.cat(_queries_keys_values(config, rows))
 
 

@@ -32,7 +32,7 @@ from pretrain.errors import ConfigError, EspalierError
 from pretrain.monitor.run_folder import json_text, replace_text
 
 LINK_PORT = 29500
-"""Free in a namespace that is new."""
+"""Port of process 0 in a namespace, where no other program runs."""
 _POLL_SECONDS = 0.2
 
 
@@ -100,7 +100,7 @@ def _run(
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended well; the first that does not ends the wait, for the others wait for it."""
+    """Waits until all processes have ended well. The first that fails ends the wait, since the others wait for it."""
     while True:
         codes = [process.poll() for process in processes]
         for place, code in enumerate(codes):

@@ -46,7 +46,7 @@ from tools.console import table_lines
 from tools.experiments.race_results import hardware
 
 RAW_NUMBERS = 4 * 2**20
-"""Of the all-reduce that shows what the network gives: 16 MiB."""
+"""Numbers in the all-reduce that shows what the network gives: 16 MiB."""
 RAW_REPETITIONS = 5
 
 
@@ -150,7 +150,7 @@ def _timed(steps: Iterator[Tensor]) -> list[float]:
 
 
 def _interface_bytes() -> int:
-    """Sent through the interface of a namespace; the loopback interface would show every process's."""
+    """Bytes sent through the interface of a namespace; the loopback interface would show every process's."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return 0 if interface == "lo" else transmitted_bytes(interface)
 

@@ -51,7 +51,7 @@ class Contestant:
     """Input `(seq, batch, hidden)`, or `(seq, batch, hidden/tp)`, that wants a gradient."""
     expected: StepCollectives
     attention_width: int
-    """Of the heads that this process computes."""
+    """Width of the heads that this process computes, all together."""
 
     def run(self) -> Iterator[Tensor]:
         """Forward and backward; yields the output after each."""

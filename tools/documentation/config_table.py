@@ -26,7 +26,7 @@ NODES = {
     **dict.fromkeys(("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl"), 1),
     **{"llama_1b": 2, "llama_7b": 8, "llama_13b": 16, "llama_70b": 64},
 }
-"""Of every size, in the order of the table."""
+"""Nodes that every size is planned on, in the order of the table."""
 VARIANTS = ("", "_mlp", "_dense")
 VOCABULARIES = {"gpt2": 50257, "llama": 32000}
 """What the table assumes; a run has its tokenizer's."""
@@ -34,7 +34,7 @@ HEAD = ("config", "GPUs", "parameters: start, most", "GB a GPU: start, most", "t
 
 
 def names() -> list[str]:
-    """Of the configs for real use."""
+    """Names of the configs for real use, in the order of the table."""
     wanted = [size + variant for size in NODES for variant in VARIANTS]
     return [name for name in wanted if (ROOT / "configs" / f"{name}.yaml").exists()]
 

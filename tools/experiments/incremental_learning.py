@@ -166,7 +166,7 @@ def _transformer_picture(task: TransformerTask, runs: dict[OptimizerName, Run]) 
 
 
 def _entropy(values: np.ndarray) -> np.ndarray:
-    """Of the shares of singular values `(times, n)` in their sum, `(times,)`."""
+    """Entropy `(times,)` of the shares that singular values `(times, n)` have in their sum."""
     shares = values / values.sum(axis=1, keepdims=True)
     return -(shares * np.log(np.maximum(shares, 1e-300))).sum(axis=1)
 

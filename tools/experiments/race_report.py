@@ -29,9 +29,9 @@ class Curve:
     record: Mapping[str, Any]
     loss: list[float]
     flops: list[float]
-    """Total, in units of 1e12."""
+    """FLOPs since the start, in units of 1e12."""
     seconds: list[float] | None
-    """None: this kind of model was not timed."""
+    """Seconds since the start; None if this kind of model was not timed."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ _LOSS_HEADROOM = 1.25
 
 
 def pictures(groups: Mapping[str, Mapping[str, Entry]]) -> dict[str, Figure]:
-    """Figures by name."""
+    """The pictures of a race by name: one panel per group, the dense runs grey in each."""
     drawn = {group: entries for group, entries in groups.items() if entries}
     if not drawn:
         return {}

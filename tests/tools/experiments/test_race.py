@@ -399,7 +399,7 @@ def test_a_run_is_claimed_by_one_race(tmp_path: Path) -> None:
 
 
 def write_text(path: Path) -> Path:
-    """Documents of two sources."""
+    """Writes documents of two sources."""
     modules = [Path(__import__(name).__file__ or "").read_text() for name in ("ast", "argparse", "bisect", "inspect")]
     sources = ["in/a", "out/a", "in/b", "in/c"]
     lines = [json.dumps({"text": text, "source": source}) for text, source in zip(modules, sources, strict=True)]
