@@ -12,10 +12,15 @@ setup(
     packages=find_packages(
         include=["configs", "launch", "model", "model.*", "pretrain", "pretrain.*", "tools", "tools.*"]
     ),
-    package_data={"configs": ["*.yaml", "schema.json", "deepspeed/*.json"], "launch": ["*.sh", "*.sbatch", "*.yaml"]},
+    package_data={
+        "configs": ["*.yaml", "schema.json", "deepspeed/*.json"],
+        "launch": ["*.sh", "*.sbatch", "*.yaml"],
+        "tools.run_report": ["*.jinja"],
+    },
     install_requires=[
         "accelerate>=1.10",
         "deepspeed>=0.19.8,<0.20",
+        "jinja2>=3.1",
         "liger-kernel>=0.8",
         "matplotlib>=3.9",
         "megatron-core>=0.16.1,<0.17",

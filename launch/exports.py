@@ -21,14 +21,14 @@ NAMES = (
     "TOKENIZERS_PARALLELISM",
 )
 DEEPSPEED_PREFIXES = ("MLFLOW", "MV2", "PYTHON", "UCX")
-"""DeepSpeed sends these by itself."""
+"""Beginnings of the variables that DeepSpeed sends by itself."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_@%+=:,./^ -]*")
 STALE_NAME = ".deepspeed_env"
 
 
 def exported(environment: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """What goes along: what is known to matter, and what the user names."""
+    """Variables that go along to all hosts: those known to matter, and those that the user names."""
     for name in names:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"--export {name!r} is not the name of a variable")
@@ -61,7 +61,7 @@ def refuse_stale_files() -> None:
 
 
 def write_exports(path: Path, variables: Mapping[str, str]) -> None:
-    """The file for `DS_ENV_FILE`."""
+    """Writes the file that `DS_ENV_FILE` names."""
     path.write_text("".join(f"{name}={value}\n" for name, value in variables.items()), encoding="utf-8")
 
 

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 _PROCESS = re.compile(r"(?:_rank|rank\.)([0-9]+)")
-"""In the names that deepspeed (`20261126113258_rank0.log`) and mpirun (`1/rank.0/stdout`) give."""
+"""Number of the process in the names of log files, of deepspeed (`20261126113258_rank0.log`) and mpirun
+(`1/rank.0/stdout`)."""
 _POLL_SECONDS = 0.2
 
 
@@ -43,6 +44,6 @@ class Follower(threading.Thread):
                     print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Shows the rest."""
+        """Shows what is left and ends."""
         self.ended.set()
         self.join()

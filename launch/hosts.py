@@ -16,7 +16,7 @@ from pretrain.errors import ConfigError
 
 SSH_SECONDS = 5
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}")
-"""Never asks for a password, never waits for long."""
+"""The ssh command: it never asks for a password and never waits for long."""
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([0-9]+)\s*(?:#.*)?")
 
 
@@ -58,7 +58,7 @@ def read_hosts(path: Path) -> list[Host]:
 
 
 def write_hosts(path: Path, hosts: Sequence[Host]) -> None:
-    """A hostfile."""
+    """Writes a hostfile for `deepspeed`."""
     path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8")
 
 
@@ -74,7 +74,7 @@ def silence(host: Host) -> str:
 
 
 def silences(hosts: Sequence[Host]) -> dict[Host, str]:
-    """Those that do not answer, and why; all are asked at once."""
+    """Hosts that do not answer, and why; all are asked at once."""
     with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
         return {host: why for host, why in zip(hosts, pool.map(silence, hosts), strict=True) if why}
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.errors import ConfigError, run_command
 
 NEEDED = (
-    "torch", "deepspeed", "liger-kernel", "matplotlib", "megatron-core", "numpy", "psutil", "pydantic", "pydantic_core",
-    "pyyaml", "rich", "safetensors", "sentencepiece", "tensorboard", "tokenizers", "tqdm", "transformers",
-    "typing_extensions", "xxhash", "zstandard",
+    "torch", "deepspeed", "jinja2", "liger-kernel", "matplotlib", "megatron-core", "numpy", "psutil", "pydantic",
+    "pydantic_core", "pyyaml", "rich", "safetensors", "sentencepiece", "tensorboard", "tokenizers", "tqdm",
+    "transformers", "typing_extensions", "xxhash", "zstandard",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch.multiprocessing
 CPU_BYTES, GPU_BYTES = 2**24, 2**28
 _REPEATS = 3
 SLOW_SHARE = 0.5
-"""Of the fastest link, below which one is called slow."""
+"""Share of the fastest link's speed below which a link is called slow."""
 
 
 def within(processes: int) -> float:
@@ -66,7 +66,7 @@ def between(store: dist.Store, node: int, nodes: int, timeout: timedelta) -> dic
 
 
 def ring(nodes: int) -> list[tuple[int, int]]:
-    """Neighbours, each pair once."""
+    """Pairs of neighbouring nodes, each pair once."""
     pairs = {tuple(sorted((node, (node + 1) % nodes))) for node in range(nodes) if nodes > 1}
     return sorted((first, second) for first, second in pairs)
 
@@ -83,7 +83,7 @@ def _device(process: int) -> torch.device:
 
 
 def _speed(group: dist.ProcessGroup | None, processes: int, device: torch.device) -> float:
-    """The best of a few all-reduces."""
+    """Bytes a second of the fastest of a few all-reduces."""
     size = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     values, best = torch.ones(size // 4, device=device), 0.0
     for _ in range(_REPEATS + 1):  # the first one connects

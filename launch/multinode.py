@@ -43,7 +43,7 @@ SSH_LOST = 255
 def preflight_commands(
     arguments: argparse.Namespace, hosts: Sequence[Host], master: str, variables: dict[str, str]
 ) -> list[list[str]]:
-    """One for each host."""
+    """The commands that look at the hosts, one for each."""
     names = ",".join(host.name for host in hosts)
     commands = []
     for number, host in enumerate(hosts):
@@ -90,7 +90,7 @@ def run_preflight(hosts: Sequence[Host], commands: Sequence[Sequence[str]]) -> N
 
 
 def deepspeed_command(arguments: argparse.Namespace, master: str, hosts: Sequence[Host], logs: Path) -> list[str]:
-    """What starts the run on all hosts."""
+    """The command that starts the run on all hosts."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(arguments.hostfile.absolute())]
     command += ["--master_addr", master, "--master_port", str(arguments.master_port), "--launcher", arguments.launcher]
     extra = arguments.launcher_args
@@ -106,7 +106,7 @@ def deepspeed_command(arguments: argparse.Namespace, master: str, hosts: Sequenc
 
 
 def run(command: Sequence[str], exports: Path, logs: Path) -> int:
-    """The run's exit code; signals go on to what was started."""
+    """Runs the command and returns its exit code; signals are passed on to it."""
     follower = Follower(logs)
     follower.start()
     environment = {"PDSH_SSH_ARGS_APPEND": KEEP_ALIVE} | with_exports(exports)

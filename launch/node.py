@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def preflight_command(arguments: argparse.Namespace) -> list[str]:
-    """What looks at all nodes."""
+    """The command that looks at all nodes."""
     command = [sys.executable, "launch/preflight.py", "--nodes", str(arguments.nodes), "--node", str(arguments.node)]
     command += ["--slots", str(arguments.slots), "--master", arguments.master, "--seconds", str(arguments.seconds)]
     command += ["--master-port", str(arguments.master_port), "--preflight-port", str(arguments.master_port + 1)]
@@ -39,7 +39,7 @@ def preflight_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def deepspeed_command(arguments: argparse.Namespace, hostfile: Path, logs: Path) -> list[str]:
-    """What starts the processes of this node."""
+    """The command that starts the processes of this node."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_ssh", "--hostfile", str(hostfile)]
     command += ["--node_rank", str(arguments.node), "--master_addr", arguments.master]
     command += ["--master_port", str(arguments.master_port), "--enable_each_rank_log", str(logs)]
@@ -47,7 +47,7 @@ def deepspeed_command(arguments: argparse.Namespace, hostfile: Path, logs: Path)
 
 
 def run(command: Sequence[str], logs: Path, *, shown: bool) -> int:
-    """The exit code of this node's processes."""
+    """Runs the processes of this node and returns their exit code."""
     follower = Follower(logs) if shown else None
     if follower is not None:
         follower.start()

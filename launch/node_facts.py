@@ -33,28 +33,28 @@ class NodeFacts:
     host: str
     slots: int
     error: str = ""
-    """The settings cannot be read there; the rest is missing then."""
+    """Why the settings cannot be read there; empty if they can. With an error the rest is missing."""
     python: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     revision: str = ""
     config: str = ""
-    """Short for the resolved settings."""
+    """Digest of the resolved settings."""
     gpus: list[tuple[str, int]] = field(default_factory=list)
     """Name and bytes of memory, in the order in which processes take them."""
     device_error: str = ""
-    """Why training on them is impossible."""
+    """Why training on these devices is impossible; empty if it is possible."""
     visible: str = ""
     """`CUDA_VISIBLE_DEVICES`; empty: all."""
     cores: int = 0
     memory_bytes: int = 0
     free_bytes: int = 0
-    """Where checkpoints go."""
+    """Free bytes where checkpoints go."""
     files: dict[str, str] = field(default_factory=dict)
     """Sizes of corpus and tokenizer, by setting; `missing`."""
     sees_folder: bool = False
-    """Finds what the first node has put where run.folder will be."""
+    """Whether this node sees the file that the first node has put where run.folder will be."""
     clock_seconds: float = 0.0
-    """Ahead of the first node's clock."""
+    """Seconds by which this node's clock is ahead of the first node's."""
 
 
 def gather(config: RunConfig, slots: int, *, token: Path, clock_seconds: float) -> NodeFacts:

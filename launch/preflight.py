@@ -32,7 +32,7 @@ from pretrain.tokenizer.base import open_tokenizer
 
 MOST_SKEW_SECONDS = 2.0
 TRAINING_PORT = 29500
-"""What `deepspeed` takes by itself."""
+"""Port that `deepspeed` takes by itself."""
 
 
 class Meeting:
@@ -68,7 +68,7 @@ class Meeting:
         return (before + time.time()) / 2 - told
 
     def exchange(self, facts: NodeFacts) -> list[NodeFacts]:
-        """Everybody's, at node 0; nothing elsewhere."""
+        """Collects the facts of all nodes at node 0; an empty list at the others."""
         self.store.set(f"facts {self.node}", json.dumps(asdict(facts)))
         if self.node:
             return []
@@ -79,13 +79,13 @@ class Meeting:
         return found
 
     def tell(self, key: str, value: str | None) -> str:
-        """What node 0 says, at everybody's."""
+        """Sends a text from node 0 to all nodes; every node returns it."""
         if self.node == 0:
             self.store.set(key, value or "")
         return self.store.get(key).decode()
 
     def leave(self) -> None:
-        """Node 0 goes last, since the store goes with it."""
+        """Ends the meeting. Node 0 goes last, since the store goes with it."""
         self.store.set(f"left {self.node}", "")
         for other in range(self.nodes if self.node == 0 else 0):
             self._wait(f"left {other}", other)
@@ -163,7 +163,7 @@ def judge(nodes: Sequence[NodeFacts], config: RunConfig, needed_bytes: int) -> t
 
 
 def _comparisons(node: NodeFacts, first: NodeFacts) -> list[tuple[str, str, str, str]]:
-    """What must be equal: name, theirs, the first node's, what to do."""
+    """Facts that must be equal on all nodes: name, value there, value at the first node, what to do."""
     found = [
         ("Python", node.python, first.python, "install the same one"),
         ("revision", node.revision, first.revision, "bring both checkouts to the same one"),
@@ -191,7 +191,7 @@ def slow_links(speeds: Mapping[str, float]) -> list[str]:
 
 
 def table(nodes: Sequence[NodeFacts]) -> Table:
-    """A line a node."""
+    """The facts of all nodes, one row for each."""
     shown = Table(title="Preflight")
     for column in ("node", "host", "slots", "GPUs", "memory", "Python", "torch", "revision", "disk free", "clock"):
         shown.add_column(column)
@@ -215,7 +215,7 @@ def _own_facts(arguments: argparse.Namespace, token: Path, clock_seconds: float)
 
 
 def preflight(arguments: argparse.Namespace, console: Console) -> None:
-    """All of it; raises ConfigError, on every node, when the run must not start."""
+    """Looks at all nodes together. Raises ConfigError on every node when the run must not start."""
     node, nodes = arguments.node, arguments.nodes
     names = arguments.names.split(",") if arguments.names else []
     meeting = Meeting(node, nodes, names, arguments.master, arguments.preflight_port, arguments.seconds)
@@ -259,7 +259,7 @@ def _needed_bytes(config: RunConfig) -> int:
 
 
 def _speeds(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, float]:
-    """Of every node inside, and of neighbours; at node 0."""
+    """Bytes a second inside every node and between neighbours, by the name of the link; empty but at node 0."""
     inside = within(arguments.slots) if arguments.slots > 1 else 0.0
     meeting.store.set(f"inside {meeting.node}", repr(inside))
     speeds = between(dist.PrefixStore("links", meeting.store), meeting.node, meeting.nodes, meeting.timeout)

@@ -37,17 +37,17 @@ from pretrain.resilience.fault_injection import LIFE
 FINAL_CODES = {0, 2, 3, 4, 130, 138, 143}
 LONGEST_WAIT_SECONDS = 300.0
 LONGEST_SAVE_SECONDS = 600.0
-"""Of processes that the launcher has left behind."""
+"""Longest time that processes may take to save and end when their launcher has left them behind."""
 POLL_SECONDS = 0.5
 FIRST_WAIT_SECONDS = 5.0
-"""For a first host that answers."""
+"""Seconds before hosts are asked a second time, when none has answered."""
 
 WORDS = re.compile(r"(?:\[rank\d+\]: *)?((?:error|[\w.]*Error): .*)")
 """What a process says of its end; torch puts its number in front of tracebacks."""
 
 
 class Supervisor:
-    """One command, and its lives."""
+    """Runs one command, and starts it again when it ends by a fault."""
 
     def __init__(self, command: Sequence[str], wait_seconds: float, attempts: int) -> None:
         self.command, self.wait_seconds, self.attempts = list(command), wait_seconds, attempts
@@ -59,7 +59,7 @@ class Supervisor:
         self.last_words: deque[str] = deque(maxlen=5)
 
     def run(self) -> int:
-        """The exit code of the last life."""
+        """Runs the command until it has ended for good; the exit code of its last start."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
         life, fruitless, deaths = 0, 0, list[int]()
@@ -122,7 +122,7 @@ class Supervisor:
                 self.last_words.append(match[1].strip())
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """To the training processes themselves: the deepspeed launcher keeps signals from them on one node."""
+        """Passes a signal on to the training processes: on one node the deepspeed launcher keeps it from them."""
         self.asked = number
         if self.running is None or self.running.poll() is not None:
             return
@@ -137,7 +137,7 @@ class Supervisor:
 
 
 def training_processes(launcher: int) -> set[psutil.Process]:
-    """Those below a launcher that have a place in the run."""
+    """The processes below a launcher that train: they have a rank in the run."""
     found = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(launcher).children(recursive=True):
@@ -160,7 +160,7 @@ def config_of(command: Sequence[str]) -> RunConfig:
 
 
 def newest_step(checkpoints: Path) -> int:
-    """Of what is there by its name; 0: none."""
+    """Step of the newest checkpoint by its folder's name; 0 if there is none."""
     found = step_folders(checkpoints)
     return int(re.sub(r"\D", "", found[0].name)) if found else 0
 

@@ -11,10 +11,49 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Family = Literal["llama", "gpt2"]
+NormKind = Literal["rmsnorm", "layernorm"]
 Parametrization = Literal["dense", "factored", "additive"]
 ProjectionKind = Literal["qkv", "proj", "fc1", "fc2"]
 Recompute = Literal["none", "factors", "layers"]
 """What a layer computes again in its backward pass (`model/layers/recomputation.py`)."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What distinguishes one family of models from the others; all other code asks the properties of `ModelConfig`."""
+
+    norm: NormKind
+    learned_positions: bool
+    """Position embeddings are trained; otherwise queries and keys are rotated."""
+    grouped_queries: bool
+    """Several query heads may share one key/value head."""
+    gated: bool
+    """The MLP is a SwiGLU; otherwise it has one tanh-GELU."""
+    biases: bool
+    """Linear layers have biases."""
+    tied_embeddings: bool
+    """The output layer is the word embedding."""
+
+
+ARCHITECTURES: dict[Family, Architecture] = {
+    "llama": Architecture(
+        norm="rmsnorm",
+        learned_positions=False,
+        grouped_queries=True,
+        gated=True,
+        biases=False,
+        tied_embeddings=False,
+    ),
+    "gpt2": Architecture(
+        norm="layernorm",
+        learned_positions=True,
+        grouped_queries=False,
+        gated=False,
+        biases=True,
+        tied_embeddings=True,
+    ),
+}
+"""The families. The one place that says what they are; `docs/extending.md` says what a new one needs besides."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -99,13 +138,15 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"hidden {self.hidden} is not divisible by {self.heads} heads: change model.hidden or model.heads"
             )
-        if self.family == "llama" and self.head_size % 2:
+        if not self.learned_positions and self.head_size % 2:
             raise ValueError(
                 f"rotary positions need an even head size, and hidden {self.hidden} / {self.heads} heads is "
                 f"{self.head_size}: change model.hidden or model.heads"
             )
-        if self.family == "gpt2" and self.query_groups not in (0, self.heads):
-            raise ValueError("gpt2 has no grouped queries: leave model.query_groups out, or set model.family=llama")
+        if self.query_groups not in (0, self.heads) and not ARCHITECTURES[self.family].grouped_queries:
+            raise ValueError(
+                f"{self.family} has no grouped queries: leave model.query_groups out, or set model.family=llama"
+            )
         if self.heads % self.groups:
             raise ValueError(
                 f"{self.heads} heads do not divide into {self.groups} query groups: "
@@ -136,7 +177,7 @@ class ModelConfig(BaseModel):
         """Inner width of the MLP."""
         if self.ffn:
             return self.ffn
-        return 4 * self.hidden if self.family == "gpt2" else round_up(8 * self.hidden // 3, 64)
+        return round_up(8 * self.hidden // 3, 64) if self.gated else 4 * self.hidden
 
     @property
     def padded_vocabulary(self) -> int:
@@ -146,15 +187,36 @@ class ModelConfig(BaseModel):
     @property
     def gated(self) -> bool:
         """The MLP's first projection holds gate and up, one below the other."""
-        return self.family == "llama"
+        return ARCHITECTURES[self.family].gated
 
     @property
     def biases(self) -> bool:
-        return self.family == "gpt2"
+        """Linear layers have biases."""
+        return ARCHITECTURES[self.family].biases
 
     @property
     def tied_embeddings(self) -> bool:
-        return self.family == "gpt2"
+        """The output layer is the word embedding."""
+        return ARCHITECTURES[self.family].tied_embeddings
+
+    @property
+    def learned_positions(self) -> bool:
+        """Position embeddings are trained; otherwise queries and keys are rotated."""
+        return ARCHITECTURES[self.family].learned_positions
+
+    @property
+    def norm(self) -> NormKind:
+        return ARCHITECTURES[self.family].norm
+
+    @property
+    def norm_statistics(self) -> int:
+        """Numbers that a norm computes for each token: the root mean square, or mean and standard deviation."""
+        return 1 if self.norm == "rmsnorm" else 2
+
+    @property
+    def norm_parameters(self) -> tuple[str, ...]:
+        """Names of the vectors that every norm holds."""
+        return ("weight",) if self.norm == "rmsnorm" else ("weight", "bias")
 
 
 @dataclass(frozen=True)

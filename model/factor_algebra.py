@@ -86,7 +86,8 @@ class BasisChange:
 
 
 def balanced_basis(of_A: Tensor, of_B: Tensor, kept: int) -> BasisChange:
-    """To the `kept` largest singular directions of B·A, which must not be zero, from `A Aᵀ` and `Bᵀ B`."""
+    """Change of basis to the `kept` largest singular directions of B·A, from `A Aᵀ` and `Bᵀ B`. Their singular values
+    must not be zero."""
     root_A, root_B = symmetric_root(of_A), symmetric_root(of_B)
     P, S, Qt = torch.linalg.svd(root_B @ root_A)
     scale = S[:kept].rsqrt()

@@ -27,7 +27,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from model.collectives import all_gathered
-from model.config import ModelConfig, Projection, Recompute, check_recompute, factored_projections, projections
+from model.config import (
+    ModelConfig,
+    NormKind,
+    Projection,
+    Recompute,
+    check_recompute,
+    factored_projections,
+    projections,
+)
 from model.initialization import initial_tensor
 from model.layers.additive_linear import AdditiveColumnParallelLinear, AdditiveRowParallelLinear
 from model.layers.attention import ScaledDotProductAttention, prefer_fast_kernels
@@ -38,7 +46,7 @@ from model.layers.embedding import StreamEmbedding
 from model.layers.factored_linear import FactoredLinear
 from model.layers.recomputation import RecomputedLayer
 from model.layers.rotary import RotaryPositions
-from model.layers.sharded_norm import NormKind, ShardedNorm, mark_sharded
+from model.layers.sharded_norm import ShardedNorm, mark_sharded
 from model.layers.swiglu import SwiGLU
 from model.process_groups import tensor_index, tensor_size
 from model.sharding import TensorLayout
@@ -47,12 +55,7 @@ LayerWithFactors = FactoredLinear | AdditiveColumnParallelLinear | AdditiveRowPa
 """What has `A`, `B`, `rank`, `set_factors` and `probe`."""
 
 
-def norm_kind(config: ModelConfig) -> NormKind:
-    return "rmsnorm" if config.family == "llama" else "layernorm"
-
-
 def _transformer_config(config: ModelConfig) -> TransformerConfig:
-    llama = config.family == "llama"
     return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.hidden,
@@ -62,9 +65,9 @@ def _transformer_config(config: ModelConfig) -> TransformerConfig:
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
         layernorm_epsilon=config.norm_epsilon,
-        normalization="RMSNorm" if llama else "LayerNorm",
-        activation_func=nn.functional.silu if llama else _tanh_gelu,
-        use_te_activation_func=llama,  # megatron-core's word for a module of the spec's in its place: `SwiGLU`
+        normalization="RMSNorm" if config.norm == "rmsnorm" else "LayerNorm",
+        activation_func=nn.functional.silu if config.gated else _tanh_gelu,
+        use_te_activation_func=config.gated,  # megatron-core's word for a module of the spec's in its place: `SwiGLU`
         gated_linear_unit=config.gated,
         add_bias_linear=config.biases,
         tensor_model_parallel_size=tensor_size(),
@@ -87,7 +90,7 @@ class _LayerSpecs:
     ) -> None:
         self.config, self.ranks, self.counter, self.recompute = config, ranks, counter, recompute
         self.in_stream = config.parametrization == "factored"
-        self.rotary = RotaryPositions(config.rope_base, config.head_size) if config.family == "llama" else None
+        self.rotary = None if config.learned_positions else RotaryPositions(config.rope_base, config.head_size)
 
     def block(self) -> TransformerBlockSubmodules:
         by_layer: list[list[Projection]] = [[] for _ in range(self.config.layers)]
@@ -137,7 +140,7 @@ class _LayerSpecs:
             layer = AdditiveColumnParallelLinear if projection.normed else AdditiveRowParallelLinear
             return ModuleSpec(module=layer, params={"rank": self.ranks[projection.name]})
         if projection.factored:
-            norm = norm_kind(self.config) if projection.normed else None
+            norm = self.config.norm if projection.normed else None
             return ModuleSpec(module=FactoredLinear, params={"rank": self.ranks[projection.name], "norm": norm})
         column = projection.normed
         if self.in_stream:
@@ -152,7 +155,7 @@ class _LayerSpecs:
     def _norm(self) -> ModuleSpec:
         if not self.in_stream:
             return ModuleSpec(module=WrappedTorchNorm)
-        return ModuleSpec(module=_BlockNorm, params={"kind": norm_kind(self.config)})
+        return ModuleSpec(module=_BlockNorm, params={"kind": self.config.norm})
 
     def _residual_add(self, layer: int, site: str) -> ModuleSpec:
         dropout = CounterDropout(self.counter, self.config.hidden_dropout, layer, site, sharded=self.in_stream)
@@ -182,14 +185,15 @@ class EspalierModel(GPTModel):
             transformer_layer_spec=_LayerSpecs(config, ranks, counter, recompute).block(),
             vocab_size=config.padded_vocabulary,
             max_sequence_length=config.sequence_length,
-            position_embedding_type="none" if config.family == "llama" else "learned_absolute",  # core attention turns
+            # Rotary positions are applied in core attention (`model/layers/attention.py`).
+            position_embedding_type="learned_absolute" if config.learned_positions else "none",
             share_embeddings_and_output_weights=config.tied_embeddings,
         )
         self.model_config, self.dropout_counter = config, counter
         in_stream = config.parametrization == "factored"
         dropout = CounterDropout(counter, config.hidden_dropout, 0, "embedding", sharded=in_stream)
         if in_stream:
-            positions = config.sequence_length if config.family == "gpt2" else None
+            positions = config.sequence_length if config.learned_positions else None
             self.embedding = StreamEmbedding(config.padded_vocabulary, config.hidden, positions, dropout)
             self.output_layer = StreamColumnParallelLinear(
                 config.hidden,

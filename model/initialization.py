@@ -67,7 +67,8 @@ def cholesky_orthonormal(columns: Tensor) -> Tensor:
 
 
 def residual_scale(config: ModelConfig) -> float:
-    """Layers that add to the stream start 1/√(2·layers) smaller, as in GPT-2: each layer adds twice."""
+    """Factor of the initial entries of layers that add to the stream: 1/√(2·layers), as in GPT-2, since each layer adds
+    twice."""
     return 1.0 / math.sqrt(2 * config.layers)
 
 

@@ -23,8 +23,8 @@ from model.process_groups import tensor_group, tensor_size
 from model.sharding import TensorLayout
 
 SOLVER_MATRICES = 8
-"""Of `(rank, rank)` in fp64 that `singular_values` holds for a product: its Grams, both again in a batch, Cholesky's
-factor, two products of them, and what the eigenvalue problem works in."""
+"""Matrices `(rank, rank)` in fp64 that `singular_values` holds for a product: its Grams, both again in a batch,
+Cholesky's factor, two products of them, and what the eigenvalue problem works in."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ Needs no GPU and no process group, and holds one parameter in memory at a time, 
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
 from pretrain.convert.consolidated import ConsolidatedModel, check_output, write_consolidated
 from pretrain.errors import run_command
 from tools.arguments import parse_bytes
+from tools.console import progress
 
 
 def main() -> None:
@@ -32,13 +31,13 @@ def main() -> None:
     check_output(arguments.output, arguments.overwrite)
     folder = locate_checkpoint(arguments.checkpoint, verify=True)
     reader = CheckpointReader(folder)
-    with tqdm(total=len(reader.layouts), desc="consolidating", unit=" parameters") as bar:
+    with progress("consolidating", len(reader.layouts)) as bar:
         write_consolidated(
             reader,
             arguments.output,
             max_shard_bytes,
             overwrite=arguments.overwrite,
-            on_parameter=lambda name: bar.update(),
+            on_parameter=lambda name: bar.advance(),
         )
     model = ConsolidatedModel(arguments.output)
     size = sum(path.stat().st_size for path in arguments.output.iterdir())

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, Recompute, factored_projections
+from model.config import ARCHITECTURES, Family, ModelConfig, Recompute, factored_projections
 from model.gpt import EspalierModel, build_model
 from model.layers.dropout import CounterDropout, DropoutCounter
 from model.process_groups import device, initialize_process_groups, single_process
@@ -59,7 +59,7 @@ class DiffersError(EspalierError):
 class Case:
     """A small model, and what its tokens may look at."""
 
-    family: str
+    family: Family
     kind: str
     """A parametrization, or `mlp`: factored, MLPs only."""
     attention: str = "causal"
@@ -73,7 +73,7 @@ class Case:
             sizes = {"layers": 3, "hidden": 256, "heads": 4, "sequence_length": 128, "vocabulary": 1000}
             if self.wide:
                 sizes = {"layers": 1, "hidden": 1024, "heads": 16, "sequence_length": 256, "vocabulary": 50257}
-        if self.family == "llama":
+        if ARCHITECTURES[self.family].grouped_queries:
             sizes["query_groups"] = sizes["heads"] // 2
         kind = {"parametrization": "factored", "factored_layers": "mlp"} if self.kind == "mlp" else {}
         directions = {"bidirectional": self.attention == "both directions"}
@@ -86,10 +86,10 @@ class Case:
 
 
 CASES = [
-    *(Case(f, kind, a) for f in ("gpt2", "llama") for kind in ("factored", "dense") for a in ("causal", "documents")),
-    *(Case(f, kind) for f in ("gpt2", "llama") for kind in ("mlp", "additive")),
-    *(Case(f, "factored", "both directions") for f in ("gpt2", "llama")),
-    *(Case(f, "factored", wide=True) for f in ("gpt2", "llama")),
+    *(Case(f, kind, a) for f in ARCHITECTURES for kind in ("factored", "dense") for a in ("causal", "documents")),
+    *(Case(f, kind) for f in ARCHITECTURES for kind in ("mlp", "additive")),
+    *(Case(f, "factored", "both directions") for f in ARCHITECTURES),
+    *(Case(f, "factored", wide=True) for f in ARCHITECTURES),
 ]
 
 
@@ -118,7 +118,7 @@ def main() -> None:
                 _add(rows, f"{name}: loss", relative(found, loss), loss_allowed)
                 worst, error = worst_gradient(found_gradients, gradients)
                 _add(rows, f"{name}: gradient", error, gradient_allowed, worst)
-        for family in ("gpt2", "llama"):
+        for family in ARCHITECTURES:
             _compare_recomputation(rows, family, arguments.dry)
         _compare_dropout(rows)
         _compare_spectra(rows, arguments.dry)
@@ -182,7 +182,7 @@ def worst_gradient(found: Gradients, reference: Gradients) -> tuple[str, float]:
     return worst, errors[worst]
 
 
-def _compare_recomputation(rows: list[Row], family: str, dry: bool) -> None:
+def _compare_recomputation(rows: list[Row], family: Family, dry: bool) -> None:
     config = Case(family, "factored").config(dry, hidden_dropout=DROPOUT, attention_dropout=DROPOUT)
     loss, gradients, _ = passes(config, "causal")
     again, _, _ = passes(config, "causal")
@@ -194,7 +194,7 @@ def _compare_recomputation(rows: list[Row], family: str, dry: bool) -> None:
 
 
 def _compare_dropout(rows: list[Row]) -> None:
-    """Of ones, a share of 1 - p is kept and becomes 1 / (1 - p); six deviations are allowed."""
+    """Checks dropout on ones: a share of 1 - p is kept and becomes 1 / (1 - p); six deviations are allowed."""
     for dtype in ALLOWED:
         ones = torch.ones(1000, 1000, device=device(), dtype=dtype)
         dropped = CounterDropout(DropoutCounter(1), DROPOUT, 1, "attention_output", sharded=True)(ones)
@@ -206,7 +206,7 @@ def _compare_dropout(rows: list[Row]) -> None:
 
 
 def _compare_spectra(rows: list[Row], dry: bool) -> None:
-    for family in ("gpt2", "llama"):
+    for family in ARCHITECTURES:
         model = passes(Case(family, "factored").config(dry), "causal")[2]
         errors = [0.0]
         for name, values in measure_spectra(model).items():

@@ -21,6 +21,7 @@ from pretrain.checkpoint.format import replace_file
 from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
 from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel, Facts, facts_of
 from pretrain.errors import CheckpointError, ConfigError, run_command
+from tools.console import table_lines
 
 KINDS = ("qkv", "proj", "fc1", "fc2")
 
@@ -57,7 +58,7 @@ def checkpoint_report(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _setting(reader: CheckpointReader, section: str, key: str) -> Any:
-    """Of the run that wrote the checkpoint; None where it does not say."""
+    """One setting of the run that wrote the checkpoint; None where the checkpoint does not say."""
     content: Any = reader.state.get("config")
     for name in (section, key):
         content = content.get(name) if isinstance(content, dict) else None
@@ -79,11 +80,8 @@ def rank_table(config: ModelConfig, ranks: Mapping[str, int]) -> list[str]:
     for projection in projections(config):
         rank = ranks.get(projection.name)
         cells[projection.layer, projection.kind] = f"{rank}/{projection.break_even_rank}" if rank else "dense"
-    width = max(len(cell) for cell in cells.values()) + 2
-    lines = ["layer" + "".join(kind.rjust(width) for kind in KINDS)]
-    for layer in range(config.layers):
-        lines.append(f"{layer:5d}" + "".join(cells[layer, kind].rjust(width) for kind in KINDS))
-    return lines
+    rows = [[str(layer), *(cells[layer, kind] for kind in KINDS)] for layer in range(config.layers)]
+    return table_lines(["layer", *KINDS], rows)
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:

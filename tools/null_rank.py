@@ -12,7 +12,6 @@ settings: its code stops at the ranks its README reports for *trained* GPT-2 mod
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model.config import Family, ModelConfig, factored_projections
 from model.gpt import EspalierModel, build_model
@@ -34,6 +32,7 @@ from pretrain.growth.spectra import measure_spectra, measure_updates, row_norms
 from pretrain.policies import RankConfig, RankEvent, affordable_parameters, build_policy, decide_ranks
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
+from tools.console import progress, table_lines
 from tools.corpus.documents import find_files, read_documents
 
 PUBLISHED = {768: ("GPT-2 small", 254), 1024: ("GPT-2 medium", 287)}
@@ -95,7 +94,7 @@ class Rest:
     mean_rank: float
     decisions: int
     largest_demand: float
-    """Of all layers and decisions; 0 for a policy that measures none."""
+    """Largest measured value over all layers and decisions; 0 for a policy that measures none."""
 
 
 def null_rank(
@@ -195,10 +194,12 @@ def all_null_ranks(widths: Sequence[int], seeds: Sequence[int], trained: bool) -
         kinds += [(policy, shuffled, True) for policy in MEASURING for shuffled in (False, True)]
     cases = [(*kind, family, width) for kind in kinds for family in families for width in widths]
     rows = []
-    for policy, shuffled, train, family, width in tqdm(cases, unit="case", disable=not sys.stderr.isatty()):
-        found = [null_rank(policy, family, width, seed, text, shuffled=shuffled, trained=train) for seed in seeds]
-        ranks, decisions = [rest.mean_rank for rest in found], max(rest.decisions for rest in found)
-        rows.append(NullRank(policy, "shuffled" if shuffled else "text", train, family, width, 8, ranks, decisions))
+    with progress("null ranks", len(cases)) as bar:
+        for policy, shuffled, train, family, width in cases:
+            found = [null_rank(policy, family, width, seed, text, shuffled=shuffled, trained=train) for seed in seeds]
+            ranks, decisions = [rest.mean_rank for rest in found], max(rest.decisions for rest in found)
+            rows.append(NullRank(policy, "shuffled" if shuffled else "text", train, family, width, 8, ranks, decisions))
+            bar.advance()
     return rows
 
 
@@ -218,10 +219,13 @@ def main() -> None:
     with single_process():
         rows = all_null_ranks(arguments.widths, arguments.seeds, arguments.trained)
     published = {width: [published_null(width, seed) for seed in arguments.seeds] for width in PUBLISHED}
-    print(f"{'policy':24}{'labels':10}{'steps':>6}  {'family':8}{'width':>6}{'start':>7}  rank by seed")
+    head = ["policy", "labels", "family", "steps", "width", "start", *(f"seed {seed}" for seed in arguments.seeds)]
+    cells = []
     for row in rows:
-        shown, steps = " ".join(f"{rank:g}" for rank in row.ranks), row.decisions * TRAINED_CHECK_EVERY * row.trained
-        print(f"{row.policy:24}{row.labels:10}{steps:6}  {row.family:8}{row.width:6}{row.initial_rank:7}  {shown}")
+        steps = row.decisions * TRAINED_CHECK_EVERY * row.trained
+        figures = [f"{number:g}" for number in (steps, row.width, row.initial_rank, *row.ranks)]
+        cells.append([row.policy, row.labels, row.family, *figures])
+    print("\n".join(table_lines(head, cells, left=3)))
     print("\nthe published rule (rank 2, buffer 100, threshold 0.9, the published initialization)")
     for width, found in published.items():
         name, reported = PUBLISHED[width]

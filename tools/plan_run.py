@@ -11,7 +11,7 @@ to measured ones by tests; seconds follow from assumptions, all of which are pri
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,11 +28,67 @@ from pretrain.planning.rank_outlook import Moment, moments
 from pretrain.planning.step import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
 from pretrain.tokenizer.base import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
+from tools.console import table_lines
 
-EFFICIENCY, PRODUCT_SHARE, USABLE, OVERLAP = 0.4, 0.6, 0.92, 0.0
-NODE_LATENCY_SECONDS, NETWORK_LATENCY_SECONDS = 5e-6, 15e-6
-HOST_MEMORY_BYTES = 2**40
-HOST_MEMORY_BYTES_PER_SECOND = 200e9
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a run is to be planned, and what the command line can set; None: what is known of the device."""
+
+    nodes: int
+    gpus_per_node: int
+    device: str = "h100"
+    """A key of `DEVICES`."""
+    memory: float | None = None
+    """Bytes of one device."""
+    host_memory: float = 2**40
+    """Bytes of one node."""
+    peak_flops: float | None = None
+    efficiency: float = 0.4
+    product_share: float = 0.6
+    memory_bandwidth: float | None = None
+    usable: float = 0.92
+    overlap: float = 0.0
+    node_bandwidth: float | None = None
+    network_bandwidth: float | None = None
+    host_bandwidth: float | None = None
+    host_memory_bandwidth: float = 200e9
+    node_latency: float = 5e-6
+    network_latency: float = 15e-6
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("efficiency", 1e-9), ("product_share", 0.0), ("usable", 1e-9), ("overlap", 0.0)):
+            share = getattr(self, name)
+            if not lowest <= share <= 1.0:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {share:g}, and it is a share: give a number from 0 to 1")
+        for name in ("node_latency", "network_latency"):
+            seconds = getattr(self, name)
+            if seconds < 0.0:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {seconds:g}: give seconds from 0 upwards")
+
+    def machine(self) -> Machine:
+        memory = self.memory or DEVICES[self.device].memory_bytes
+        return Machine(self.nodes, self.gpus_per_node, memory, self.host_memory, gpu=self.device != "cpu")
+
+    def assumptions(self, precision: str) -> Assumptions:
+        """What is taken for granted of a run in this `train.precision`."""
+        facts = DEVICES[self.device]
+        arithmetic = Arithmetic(
+            self.peak_flops or (facts.peak_fp32_flops if precision == "fp32" else facts.peak_flops),
+            self.efficiency,
+            self.memory_bandwidth or facts.memory_bytes_per_second,
+            self.product_share,
+        )
+        links = Links(
+            self.node_bandwidth or facts.node_bytes_per_second,
+            self.network_bandwidth or facts.network_bytes_per_second,
+            self.host_bandwidth or facts.host_bytes_per_second,
+            self.node_latency,
+            self.network_latency,
+        )
+        return Assumptions(arithmetic, self.usable, self.overlap, links, self.host_memory_bandwidth)
 
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
@@ -103,15 +159,8 @@ def stopping_points(config: RunConfig, setup: Setup, rows: Sequence[dict[str, An
     return lines
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        print(
-            "  ".join(
-                cell.ljust(w) if not place else cell.rjust(w)
-                for place, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    print("\n".join(table_lines(head, rows, left=left)))
 
 
 def _gigabytes(size: float) -> str:
@@ -140,7 +189,7 @@ def print_moments(rows: Sequence[dict[str, Any]], machine: Machine, assumed: Ass
         for t in row["traffic"]
     ]
     if cells:
-        _print_table(["ranks", "what", "group", "count", "GB", "sent", "ms"], cells)
+        _print_table(["ranks", "what", "group", "count", "GB", "sent", "ms"], cells, left=3)
     else:
         print("none")
     print("\nms of a step")
@@ -176,93 +225,59 @@ def print_scaling(rows: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Say what a run would take, without starting it.")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a run's config, or the name of an installed one"
     )
     parser.add_argument("--nodes", type=positive, required=True)
     parser.add_argument("--gpus-per-node", type=positive, required=True, help="processes on each node")
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h100")
+    parser.add_argument("--device", choices=sorted(DEVICES), help=f"kind of device ({Surroundings.device})")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the same rows there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    group = parser.add_argument_group("assumptions (without a default here: those of the device)")
-    group.add_argument("--memory", metavar="SIZE", help="of one device, such as 80GiB")
-    group.add_argument("--host-memory", metavar="SIZE", help="of one node; 1024GiB")
-    group.add_argument("--peak-flops", type=above_zero, metavar="FLOP/S", help="of a device in the run's precision")
-    group.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of it that a dense step reaches")
-    group.add_argument(
-        "--product-share", type=float, default=PRODUCT_SHARE, help="share of a dense step in products and attention"
+    add = parser.add_argument_group("assumptions (without a default here: those of the device)").add_argument
+    add("--memory", type=parse_bytes, metavar="SIZE", help="of one device, such as 80GiB")
+    add("--host-memory", type=parse_bytes, metavar="SIZE", help="of one node (1024GiB)")
+    add("--peak-flops", type=above_zero, metavar="FLOP/S", help="of a device in the run's precision")
+    add("--efficiency", type=float, help=f"share of it that a dense step reaches ({Surroundings.efficiency})")
+    add(
+        "--product-share",
+        type=float,
+        help=f"share of a dense step in products and attention ({Surroundings.product_share})",
     )
-    group.add_argument("--memory-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to its own memory")
-    group.add_argument("--usable", type=float, default=USABLE, help="share of the memory that tensors may have")
-    group.add_argument("--overlap", type=float, default=OVERLAP, help="share of data-parallel messages that is hidden")
-    group.add_argument("--node-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to others of its node")
-    group.add_argument("--network-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to other nodes")
-    group.add_argument("--host-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to its node's memory")
-    group.add_argument(
+    add("--memory-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to its own memory")
+    add("--usable", type=float, help=f"share of the memory that tensors may have ({Surroundings.usable})")
+    add("--overlap", type=float, help=f"share of data-parallel messages that is hidden ({Surroundings.overlap})")
+    add("--node-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to others of its node")
+    add("--network-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to other nodes")
+    add("--host-bandwidth", type=above_zero, metavar="BYTES/S", help="of a device to its node's memory")
+    add(
         "--host-memory-bandwidth",
         type=above_zero,
-        default=HOST_MEMORY_BYTES_PER_SECOND,
         metavar="BYTES/S",
-        help="of a node's memory, where offloaded optimizers step",
+        help=f"of a node's memory, where offloaded optimizers step ({Surroundings.host_memory_bandwidth:g})",
     )
-    group.add_argument("--node-latency", type=float, default=NODE_LATENCY_SECONDS, metavar="SECONDS")
-    group.add_argument("--network-latency", type=float, default=NETWORK_LATENCY_SECONDS, metavar="SECONDS")
-    return parser
+    add("--node-latency", type=float, metavar="SECONDS", help=f"of a message in a node ({Surroundings.node_latency:g})")
+    add(
+        "--network-latency",
+        type=float,
+        metavar="SECONDS",
+        help=f"of a message between nodes ({Surroundings.network_latency:g})",
+    )
+    return parser.parse_intermixed_args()
 
 
-def _surroundings(arguments: argparse.Namespace, precision: str) -> tuple[Machine, Assumptions]:
-    facts = DEVICES[arguments.device]
-    peak = facts.peak_fp32_flops if precision == "fp32" else facts.peak_flops
-    machine = Machine(
-        arguments.nodes,
-        arguments.gpus_per_node,
-        parse_bytes(arguments.memory) if arguments.memory else facts.memory_bytes,
-        parse_bytes(arguments.host_memory) if arguments.host_memory else HOST_MEMORY_BYTES,
-        gpu=arguments.device != "cpu",
-    )
-    links = Links(
-        arguments.node_bandwidth or facts.node_bytes_per_second,
-        arguments.network_bandwidth or facts.network_bytes_per_second,
-        arguments.host_bandwidth or facts.host_bytes_per_second,
-        arguments.node_latency,
-        arguments.network_latency,
-    )
-    for name, lowest in (("efficiency", 1e-9), ("product_share", 0.0), ("usable", 1e-9), ("overlap", 0.0)):
-        share = getattr(arguments, name)
-        if not lowest <= share <= 1.0:
-            raise ConfigError(f"--{name.replace('_', '-')} is {share:g}, and it is a share: give a number from 0 to 1")
-    for name in ("node_latency", "network_latency"):
-        if getattr(arguments, name) < 0.0:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is {getattr(arguments, name):g}: give seconds from 0 upwards")
-    arithmetic = Arithmetic(
-        arguments.peak_flops or peak,
-        arguments.efficiency,
-        arguments.memory_bandwidth or facts.memory_bytes_per_second,
-        arguments.product_share,
-    )
-    assumed = Assumptions(
-        arithmetic,
-        arguments.usable,
-        arguments.overlap,
-        links,
-        arguments.host_memory_bandwidth,
-    )
-    return machine, assumed
-
-
-def surroundings(config: RunConfig, nodes: int, gpus_per_node: int) -> tuple[Machine, Assumptions]:
-    """The machine and what is assumed of it, where no option says otherwise."""
-    options = ["--config", "", "--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node)]
-    return _surroundings(_parser().parse_args(options), config.train.precision)
+def _surroundings(arguments: argparse.Namespace) -> Surroundings:
+    """What the command line says; an option that is left out keeps its default."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(Surroundings)}
+    return Surroundings(**{name: value for name, value in given.items() if value is not None})
 
 
 def main() -> None:
-    arguments = _parser().parse_intermixed_args()
+    arguments = _parse_arguments()
     config = with_known_vocabulary(load_config(arguments.config, arguments.overrides))
-    machine, assumed = _surroundings(arguments, config.train.precision)
+    surroundings = _surroundings(arguments)
+    machine, assumed = surroundings.machine(), surroundings.assumptions(config.train.precision)
     found = moments(config)
     largest = found[-2] if len(found) > 1 else found[-1]
     setup = fitting_setup(config, largest, machine, assumed)
@@ -275,7 +290,7 @@ def main() -> None:
     )
     links, arithmetic = assumed.links, assumed.arithmetic
     print(
-        f"assumed: {arguments.device}, {arithmetic.peak_flops:.3g} FLOP/s at {arithmetic.efficiency:.0%} in a dense "
+        f"assumed: {surroundings.device}, {arithmetic.peak_flops:.3g} FLOP/s at {arithmetic.efficiency:.0%} in a dense "
         f"step, of which {arithmetic.product_share:.0%} are products; thin products wait for memory below "
         f"{arithmetic.balance:.0f} FLOPs a byte ({arithmetic.memory_bytes_per_second:.3g} bytes/s); bytes/s "
         f"{links.node_bytes_per_second:.3g} in a node, {links.network_bytes_per_second:.3g} between nodes, "

@@ -26,18 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pretrain.data.index_check import CorpusFacts, files_of, read_facts, scan_index
 from pretrain.errors import ConfigError, DataError, run_command
 from pretrain.tokenizer.base import Tokenizer, open_tokenizer
 from tools.arguments import positive
+from tools.console import progress
 from tools.corpus.documents import find_files
 from tools.corpus.encoding import encode_all
 from tools.corpus.parts import PartFolder, Unit, batches, flush_to_disk, plan_units, token_type_of
 
 FORMAT = 1
-"""Of the parts: raised when other tokens come out of the same input."""
+"""Version of the parts: raised when other tokens come out of the same input."""
 
 
 def main() -> None:
@@ -126,11 +126,11 @@ class Job:
                 encoded = encode_all(todo, self.tokenizer.path, self.append_eod, self.workers)
                 total = sum(unit.stored_bytes for _, unit, _ in missing)
                 written = tokens = 0
-                with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
+                with progress("tokenizing", total, unit="bytes") as bar:
                     for piece in folder.write(encoded, units, token_type_of(self.tokenizer.vocabulary)):
                         written, tokens = written + len(piece.lengths), tokens + len(piece.tokens)
-                        progress.update(piece.batch.stored_bytes_read - progress.n)
-                        progress.set_postfix_str(f"{written} documents, {tokens / 1e6:.2f} M tokens", refresh=False)
+                        note = f"{written} documents, {tokens / 1e6:.2f} M tokens"
+                        bar.stand(piece.batch.stored_bytes_read, note)
                 return tokens
         except OSError as error:
             raise self._cannot_write(error) from error

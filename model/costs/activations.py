@@ -21,9 +21,9 @@ class Activations:
     """Bytes of one micro-batch on one process."""
 
     kept: int
-    """From the forward to the backward pass."""
+    """Bytes that stay from the forward to the backward pass."""
     recomputed: int
-    """Of the one layer whose activations are computed again, beside them."""
+    """Bytes of the one layer whose activations are computed again, beside those that are kept."""
 
     @property
     def peak(self) -> int:
@@ -41,7 +41,7 @@ def activation_bytes(
     gpu: bool = False,
     within_documents: bool = False,
 ) -> Activations:
-    """Of a micro-batch of `sequences` sequences; `ranks` maps `Projection.name` to rank."""
+    """Activations of a micro-batch of `sequences` sequences; `ranks` maps `Projection.name` to rank."""
     tokens = sequences * config.sequence_length
     whole, kept = (
         kept_activation_bytes(
@@ -67,7 +67,7 @@ def loss_in_place(tensor_size: int, gpu: bool) -> bool:
 
 
 def loss_bytes(config: ModelConfig, tensor_size: int, element_bytes: int, gpu: bool) -> int:
-    """What the loss keeps of a token."""
+    """Bytes a token that the loss keeps for its backward pass."""
     number = element_bytes if loss_in_place(tensor_size, gpu) else FP32_BYTES
     return config.padded_vocabulary // tensor_size * number
 
@@ -79,7 +79,7 @@ def _outside_layers(config: ModelConfig, tensor_size: int, element_bytes: int, g
     if in_stream and tensor_size > 1:
         norm = (2 * element_bytes + FP32_BYTES) * stream
     else:
-        norm = element_bytes * stream if config.family == "gpt2" else 2 * FP32_BYTES * stream
+        norm = element_bytes * stream if config.norm == "layernorm" else 2 * FP32_BYTES * stream
     mask = dropout_mask_bytes(config, gpu) * stream
     logits = loss_bytes(config, tensor_size, element_bytes, gpu)
     return norm + element_bytes * config.hidden + logits + 2 * INTEGER_BYTES + mask

@@ -27,16 +27,16 @@ def linear_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
 
 def total_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
     """Every number of the model, padded vocabulary rows included."""
-    norm = config.hidden * (2 if config.family == "gpt2" else 1)
+    norm = config.hidden * len(config.norm_parameters)
     norms = norm * (2 * config.layers + 1)
     biases = sum(p.out_features for p in projections(config)) if config.biases else 0
-    positions = config.sequence_length * config.hidden if config.family == "gpt2" else 0
+    positions = config.sequence_length * config.hidden if config.learned_positions else 0
     embeddings = config.padded_vocabulary * config.hidden * (1 if config.tied_embeddings else 2)
     return linear_parameters(config, ranks) + norms + biases + positions + embeddings
 
 
 def trained_parameters(config: ModelConfig, ranks: Mapping[str, int]) -> int:
-    """Those of `total_parameters` that have a gradient, a master and moments."""
+    """Numbers of the model that have a gradient, a master and moments."""
     if config.trained == "factors":
         return linear_parameters(config, ranks) - _frozen_weights(config, ranks)
     return total_parameters(config, ranks) - _frozen_weights(config, ranks)
@@ -53,12 +53,12 @@ def _frozen_weights(config: ModelConfig, ranks: Mapping[str, int]) -> int:
 
 
 def probe_flops_per_token(config: ModelConfig, ranks: Mapping[str, int], directions: int) -> int:
-    """What that many directions of a gradient probe add to a step, at most: as much as directions that are trained."""
+    """Most FLOPs a token that a gradient probe of so many directions adds to a step: as many as trained directions."""
     return 6 * directions * sum(p.in_features + p.out_features for p in projections(config) if p.name in ranks)
 
 
 def gram_flops(config: ModelConfig, ranks: Mapping[str, int]) -> int:
-    """Of the two Gram matrices of every factored layer, which is what a spectrum costs."""
+    """FLOPs of the two Gram matrices of every factored layer, which is what a spectrum costs."""
     return sum(
         2 * ranks[p.name] ** 2 * (p.in_features + p.out_features) for p in projections(config) if p.name in ranks
     )
@@ -77,7 +77,7 @@ def statistic_parts(element_bytes: int) -> int:
 
 
 _LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
-"""What flash attention over variable lengths takes."""
+"""Largest head size, and its divisor, that flash attention over variable lengths takes."""
 
 
 def packs_documents(config: ModelConfig, element_bytes: int) -> bool:
@@ -125,25 +125,21 @@ def kept_activation_bytes(
 
 
 def dropout_mask_bytes(config: ModelConfig, gpu: bool) -> int:
-    """Bytes kept of a number behind a dropout outside attention: a GPU draws the mask again."""
+    """Bytes that a dropout outside attention keeps for each number; none on a GPU, which draws the mask again."""
     return 1 if config.hidden_dropout > 0.0 and not gpu else 0
 
 
 def _bottleneck_bytes(
     config: ModelConfig, projection: Projection, rank: int, tensor_parallel: int, element_bytes: int
 ) -> int:
-    """Of one row of the all-reduced buffer (of the product alone, where there is nothing to reduce)."""
-    statistics = tensor_parallel * statistic_parts(element_bytes) * _norm_statistics(config)
+    """Bytes of one token in the buffer of the forward all-reduce; in one process the product alone, without
+    statistics."""
+    statistics = tensor_parallel * statistic_parts(element_bytes) * config.norm_statistics
     return element_bytes * (rank + (statistics if projection.normed and tensor_parallel > 1 else 0))
 
 
-def _norm_statistics(config: ModelConfig) -> int:
-    """Root mean square, or mean and standard deviation."""
-    return 1 if config.family == "llama" else 2
-
-
 def _attention_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int, gpu: bool, packed: bool) -> int:
-    """Saved from `qkv` to `proj`, whose input is included."""
+    """Bytes a token that attention keeps for its backward pass, from behind `qkv` to the input of `proj`."""
     own_heads, own_groups = config.heads // tensor_parallel, max(1, config.groups // tensor_parallel)
     queries = own_heads * config.head_size
     qkv = (config.heads + 2 * config.groups) * config.head_size
@@ -152,7 +148,7 @@ def _attention_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: i
     shared = gpu and element_bytes == 2  # keys and values, by the queries of a group
     if packed:
         attention = 4 * queries  # all three one sample behind the other, keys and values repeated; and so the result
-    elif config.family == "gpt2":
+    elif config.learned_positions:
         attention = qkv
     elif own_groups < own_heads and not shared:
         attention = 3 * queries  # rotated queries; keys and values, repeated
@@ -164,7 +160,7 @@ def _attention_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: i
 
 
 def _mlp_bytes(config: ModelConfig, tensor_parallel: int, element_bytes: int) -> int:
-    """Saved from `fc1` to `fc2`, whose input is included."""
+    """Bytes a token that the MLP keeps for its backward pass, from behind `fc1` to the input of `fc2`."""
     return element_bytes * ((3 if config.gated else 2) * config.ffn_width // tensor_parallel)
 
 
@@ -176,8 +172,8 @@ def _input_bytes(
     tensor_parallel: int,
     element_bytes: int,
 ) -> int:
-    """Saved by a norm and the bottleneck behind it, or by the bottleneck alone."""
-    statistics = _norm_statistics(config)
+    """Bytes a token that a norm and the bottleneck behind it keep for their backward pass, or the bottleneck alone."""
+    statistics = config.norm_statistics
     bottleneck = element_bytes * (rank or 0)
     if not projection.normed:
         return bottleneck

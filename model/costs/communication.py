@@ -43,7 +43,7 @@ class Collective:
     kind: Kind
     group: Group
     bytes: int
-    """Of the whole message."""
+    """Size of the whole message."""
 
     def sent_bytes(self, processes: int) -> float:
         """What each of so many processes sends, and receives, on average, if the message goes round in a ring."""
@@ -65,7 +65,7 @@ def total(collectives: Iterable[Collective], kind: Kind | None = None, group: Gr
 
 @dataclass
 class StepCollectives:
-    """Of a forward pass in its order, and of its backward pass in any order."""
+    """Collectives of a forward pass in its order, and of its backward pass in any order."""
 
     forward: list[Collective] = field(default_factory=list)
     backward: list[Collective] = field(default_factory=list)
@@ -86,7 +86,7 @@ class TensorTraffic:
     element_bytes: int
 
     def step(self, ranks: Mapping[str, int]) -> StepCollectives:
-        """See `tensor_collectives`."""
+        """Collectives of the whole model with these `ranks`, as `tensor_collectives` gives them."""
         stream, step = self.tokens * self.config.hidden, StepCollectives()
         if self.processes == 1:
             return step
@@ -107,7 +107,7 @@ class TensorTraffic:
         return step
 
     def projection(self, projection: Projection, rank: int | None, *, input_gradient: bool = True) -> StepCollectives:
-        """One linear layer of a model on several processes, with the norm in front of it."""
+        """Collectives of one linear layer of a model on several processes, with the norm in front of it."""
         inputs, outputs = self.tokens * projection.in_features, self.tokens * projection.out_features
         sent = StepCollectives()
         if self._in_stream and rank is not None:
@@ -136,11 +136,6 @@ class TensorTraffic:
     def _in_stream(self) -> bool:
         return self.config.parametrization == "factored"
 
-    @property
-    def _statistics(self) -> int:
-        """Numbers that a norm sends for each token and process, before they are split for 16 bits."""
-        return 1 if self.config.family == "llama" else 2
-
     def _message(self, kind: Kind, numbers: int) -> Collective:
         return Collective(kind, "tensor", numbers * self.element_bytes)
 
@@ -148,7 +143,7 @@ class TensorTraffic:
         return StepCollectives([self._message(forward, numbers)], [self._message(backward, numbers)])
 
     def _norm(self) -> StepCollectives:
-        numbers = self.tokens * self.processes * self._statistics
+        numbers = self.tokens * self.processes * self.config.norm_statistics
         message = Collective("all_reduce", "tensor", numbers * FP32_BYTES)
         return StepCollectives([message], [message])
 
@@ -156,16 +151,17 @@ class TensorTraffic:
         """Numbers in the buffer of a factored layer's forward all-reduce (`model/layers/bottleneck.py`)."""
         if not projection.normed:
             return self.tokens * rank
-        columns = self._statistics * (1 if self.element_bytes == FP32_BYTES else 2)
-        rows = 2 if self.config.family == "gpt2" else 0
+        # In 16 bits every statistic is sent in two parts.
+        columns = self.config.norm_statistics * (1 if self.element_bytes == FP32_BYTES else 2)
+        rows = 2 if self.config.norm == "layernorm" else 0
         return (self.tokens + self.processes * rows) * (rank + self.processes * columns)
 
 
 def tensor_collectives(
     config: ModelConfig, ranks: Mapping[str, int], tensor_size: int, tokens: int, element_bytes: int
 ) -> StepCollectives:
-    """Forward and backward of the whole model, loss included; `ranks` maps `Projection.name` to the rank (with a
-    gradient probe: plus its directions)."""
+    """Collectives of forward and backward pass of the whole model, loss included. `ranks` maps `Projection.name` to the
+    rank (with a gradient probe: plus its directions)."""
     return TensorTraffic(config, tensor_size, tokens, element_bytes).step(ranks)
 
 

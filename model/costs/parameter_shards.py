@@ -39,7 +39,7 @@ class _Shards:
         config = self.config
         vocabulary = config.padded_vocabulary // self.processes
         yield self._other("embedding.word_embeddings.weight", vocabulary, config.hidden)
-        if config.family == "gpt2":
+        if config.learned_positions:
             yield self._other("embedding.position_embeddings.weight", config.sequence_length, self._stream)
         linears = projections(config)
         for layer in range(config.layers):
@@ -88,9 +88,8 @@ class _Shards:
             yield from factors
 
     def _norm(self, prefix: str, width: int) -> Iterator[ParameterShard]:
-        yield self._other(f"{prefix}weight", width)
-        if self.config.family == "gpt2":
-            yield self._other(f"{prefix}bias", width)
+        for name in self.config.norm_parameters:
+            yield self._other(prefix + name, width)
 
     def _other(self, name: str, *shape: int) -> ParameterShard:
         return ParameterShard(name, shape, self.config.trained == "all")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, factored_projections
 from model.huggingface.dense import TensorReader
-from model.huggingface.tensors import module_rows, modules_of
+from model.huggingface.tensors import module_rows, modules_of, stores_transposed
 
 _PREFIX = "base_model.model."
 """PEFT's wrapper around the base model."""
@@ -35,7 +35,7 @@ def adapter_config(config: ModelConfig, ranks: Mapping[str, int]) -> dict[str, A
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(rank_of),
-        "fan_in_fan_out": config.family == "gpt2",
+        "fan_in_fan_out": stores_transposed(config),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

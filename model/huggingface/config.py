@@ -4,7 +4,8 @@ What comes in was written by others, so everything that our model does not compu
 and value; a setting that is left out has transformers' default.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,6 @@ _SILU = {"silu", "swish"}
 _TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
 _LARGEST_SIZE = 2**28
 """Products of two sizes in bytes stay below 2**63."""
-_CLASSES = {
-    "llama": (LlamaConfig, {"LlamaForCausalLM"}),
-    "gpt2": (GPT2Config, {"GPT2LMHeadModel", "GPT2Model"}),
-}
-"""The classes whose tensors `model/huggingface/tensors.py` knows; `GPT2Model` lacks only the output layer, which is
-tied."""
 _LEADING_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "transformers_weights": (),
     "attn_implementation": ("eager", "sdpa"),
@@ -48,38 +43,8 @@ def huggingface_config(
         "tie_word_embeddings": config.tied_embeddings,
         "dtype": dtype,
     }
-    if config.family == "llama":
-        return LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            hidden_size=config.hidden,
-            intermediate_size=config.ffn_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.groups,
-            head_dim=config.head_size,
-            hidden_act="silu",
-            max_position_embeddings=config.sequence_length,
-            rms_norm_eps=config.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-            attention_bias=False,
-            attention_dropout=config.attention_dropout,
-            mlp_bias=False,
-            **common,
-        )
-    return GPT2Config(
-        architectures=["GPT2LMHeadModel"],
-        n_embd=config.hidden,
-        n_inner=config.ffn_width,
-        n_layer=config.layers,
-        n_head=config.heads,
-        n_positions=config.sequence_length,
-        activation_function="gelu_new",
-        layer_norm_epsilon=config.norm_epsilon,
-        attn_pdrop=config.attention_dropout,
-        resid_pdrop=config.hidden_dropout,
-        embd_pdrop=config.hidden_dropout,
-        **common,
-    )
+    family = _FAMILIES[config.family]
+    return family.settings_class(architectures=[family.architecture], **family.to_theirs(config), **common)
 
 
 def dense_config(settings: Mapping[str, Any]) -> ModelConfig:
@@ -89,9 +54,10 @@ def dense_config(settings: Mapping[str, Any]) -> ModelConfig:
     of model or when it contradicts itself.
     """
     family = settings.get("model_type")
-    if not isinstance(family, str) or family not in _CLASSES:
-        raise ValueError(f"its model_type is {family!r}, and only {' and '.join(_CLASSES)} can be imported")
-    settings_class, architectures = _CLASSES[family]
+    if not isinstance(family, str) or family not in _FAMILIES:
+        raise ValueError(f"its model_type is {family!r}, and only {' and '.join(_FAMILIES)} can be imported")
+    translation = _FAMILIES[family]
+    architectures = {translation.architecture} | translation.other_architectures
     named = settings.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) and name in architectures for name in named):
         raise ValueError(f"its architectures are {named!r}, and of {family} only {', '.join(sorted(architectures))} is")
@@ -101,15 +67,33 @@ def dense_config(settings: Mapping[str, Any]) -> ModelConfig:
         if (value := settings.get(name)) is not None and value not in allowed:
             raise ValueError(f"its {name} is {value!r}, which leads transformers to other files or to code of a hub")
     try:
-        theirs = settings_class.from_dict(dict(settings))
+        theirs = translation.settings_class.from_dict(dict(settings))
     except (StrictDataclassError, ValueError, TypeError, ArithmeticError, AttributeError, KeyError) as error:
         # The last line of a strict dataclass's error says what is wrong.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"transformers refuses its settings ({reason})") from error
-    return _validated(_llama_settings(theirs) if family == "llama" else _gpt2_settings(theirs))
+    return _validated(translation.from_theirs(theirs))
 
 
-def _llama_settings(theirs: PretrainedConfig) -> dict[str, Any]:
+def _to_llama(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.groups,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.sequence_length,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "attention_bias": False,
+        "attention_dropout": config.attention_dropout,
+        "mlp_bias": False,
+    }
+
+
+def _from_llama(theirs: PretrainedConfig) -> dict[str, Any]:
     rope = theirs.rope_parameters or {}
     heads, groups, hidden = theirs.num_attention_heads, theirs.num_key_value_heads, theirs.hidden_size
     _refuse("attention_bias", theirs.attention_bias, {False}, "our projections have none")
@@ -139,7 +123,22 @@ def _llama_settings(theirs: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _gpt2_settings(theirs: PretrainedConfig) -> dict[str, Any]:
+def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.hidden,
+        "n_inner": config.ffn_width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_positions": config.sequence_length,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_epsilon,
+        "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.hidden_dropout,
+        "embd_pdrop": config.hidden_dropout,
+    }
+
+
+def _from_gpt2(theirs: PretrainedConfig) -> dict[str, Any]:
     _refuse("activation_function", theirs.activation_function, _TANH_GELU, "our gpt2 has the tanh form, gelu_new")
     _refuse("scale_attn_weights", theirs.scale_attn_weights, {True}, "ours are scaled")
     by_layer = theirs.scale_attn_by_inverse_layer_idx
@@ -164,7 +163,7 @@ def _gpt2_settings(theirs: PretrainedConfig) -> dict[str, Any]:
 
 
 def _refuse_nothing(name: str, size: int | None) -> None:
-    """Of sizes for which zero means something else in our settings."""
+    """ValueError if `size` is zero or less; zero means something else in our settings."""
     if size is not None and size < 1:
         raise ValueError(f"its {name} is {size}, and no model has less than 1")
 
@@ -187,3 +186,23 @@ def _validated(settings: dict[str, Any]) -> ModelConfig:
         place = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"its sizes make no model ({place + ': ' if place else ''}{reason})") from error
+
+
+@dataclass(frozen=True)
+class _Translation:
+    """The settings of one family in transformers, in both directions."""
+
+    settings_class: type[PretrainedConfig]
+    architecture: str
+    """The class that exports are for."""
+    other_architectures: frozenset[str]
+    """More classes whose tensors `model/huggingface/tensors.py` knows."""
+    to_theirs: Callable[[ModelConfig], dict[str, Any]]
+    from_theirs: Callable[[PretrainedConfig], dict[str, Any]]
+
+
+_FAMILIES: dict[str, _Translation] = {
+    "llama": _Translation(LlamaConfig, "LlamaForCausalLM", frozenset(), _to_llama, _from_llama),
+    # `GPT2Model` lacks only the output layer, which is tied.
+    "gpt2": _Translation(GPT2Config, "GPT2LMHeadModel", frozenset({"GPT2Model"}), _to_gpt2, _from_gpt2),
+}

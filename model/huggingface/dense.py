@@ -53,15 +53,14 @@ def dense_tensor(config: ModelConfig, ranks: Mapping[str, int], read: TensorRead
 
 def parameter_shapes(config: ModelConfig, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Name and full shape of every parameter, in the order of execution."""
-    leaves = ("weight", "bias") if config.biases else ("weight",)
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (config.padded_vocabulary, config.hidden)}
-    if config.family == "gpt2":
+    if config.learned_positions:
         shapes["embedding.position_embeddings.weight"] = (config.sequence_length, config.hidden)
     for projection in projections(config):
         name = projection.name
         if projection.normed:
             prefix = f"{name}.norm_" if projection.fused_norm else norm_module(projection.layer, projection.kind)
-            shapes |= {prefix + leaf: (config.hidden,) for leaf in leaves}
+            shapes |= {prefix + leaf: (config.hidden,) for leaf in config.norm_parameters}
         if projection.additive or not projection.factored:
             shapes[f"{name}.weight"] = (projection.out_features, projection.in_features)
         if projection.factored:
@@ -69,7 +68,7 @@ def parameter_shapes(config: ModelConfig, ranks: Mapping[str, int]) -> dict[str,
             shapes[f"{name}.B"] = (projection.out_features, ranks[name])
         if config.biases:
             shapes[f"{name}.bias"] = (projection.out_features,)
-    shapes |= {f"decoder.final_layernorm.{leaf}": (config.hidden,) for leaf in leaves}
+    shapes |= {f"decoder.final_layernorm.{leaf}": (config.hidden,) for leaf in config.norm_parameters}
     if not config.tied_embeddings:
         shapes["output_layer.weight"] = (config.padded_vocabulary, config.hidden)
     return shapes

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig, Projection, projections
+from model.config import Family, ModelConfig, Projection, projections
 from model.huggingface.dense import TensorReader, dense_tensor, norm_module, parameter_shapes
 
 
@@ -44,21 +44,23 @@ class Correspondence:
 
 def correspondences(config: ModelConfig) -> list[Correspondence]:
     """The table for one model, in the order of execution; every tensor of either side occurs once."""
-    names = _LLAMA if config.family == "llama" else _GPT2
+    names = _NAMES[config.family]
     table = [Correspondence("embedding.word_embeddings.weight", (names.words,), _VOCABULARY)]
     if names.positions is not None:
         table.append(Correspondence("embedding.position_embeddings.weight", (names.positions,), _SAME))
     leaves = ("weight", "bias") if config.biases else ("weight",)
+    norm_leaves = config.norm_parameters
     for projection in projections(config):
         layer = names.layer.format(projection.layer)
         if projection.normed:
-            for leaf in leaves:
+            for leaf in norm_leaves:
                 ours = norm_module(projection.layer, projection.kind) + leaf
                 table.append(Correspondence(ours, (layer + names.norms[projection.kind] + leaf,), _SAME))
         for leaf in leaves:
             theirs = tuple(f"{layer}{module}.{leaf}" for module in names.modules[projection.kind])
             table.append(Correspondence(f"{projection.name}.{leaf}", theirs, names.layouts[projection.kind, leaf]))
-    table += [Correspondence(f"decoder.final_layernorm.{leaf}", (names.final_norm + leaf,), _SAME) for leaf in leaves]
+    final = "decoder.final_layernorm."
+    table += [Correspondence(final + leaf, (names.final_norm + leaf,), _SAME) for leaf in norm_leaves]
     if not config.tied_embeddings:
         table.append(Correspondence("output_layer.weight", (OUTPUT_LAYER,), _VOCABULARY))
     return table
@@ -80,14 +82,19 @@ def tensor_from_theirs(config: ModelConfig, row: Correspondence, theirs: tuple[T
 
 def modules_of(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
     """Hugging Face's linear modules that hold one projection."""
-    names = _LLAMA if config.family == "llama" else _GPT2
+    names = _NAMES[config.family]
     layer = names.layer.format(projection.layer)
     return tuple(layer + module for module in names.modules[projection.kind])
 
 
+def stores_transposed(config: ModelConfig) -> bool:
+    """Whether Hugging Face's linear modules hold their weights as `(in, out)`: GPT-2's Conv1D does."""
+    return _NAMES[config.family].layouts["proj", "weight"] is _TRANSPOSED
+
+
 def module_rows(config: ModelConfig, projection: Projection, rows: Tensor) -> tuple[Tensor, ...]:
     """`rows (out, ...)` of a projection cut and ordered as the outputs of its `modules_of`, never transposed."""
-    names = _LLAMA if config.family == "llama" else _GPT2
+    names = _NAMES[config.family]
     # A row number takes the same way as a bias does.
     layout = names.layouts.get((projection.kind, "bias")) or names.layouts[projection.kind, "weight"]
     places = layout.to_theirs(config, torch.arange(projection.out_features))
@@ -110,7 +117,7 @@ def _real_rows(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _padded_rows(config: ModelConfig, theirs: tuple[Tensor, ...]) -> Tensor:
-    """With zeros for the rows that only pad the vocabulary."""
+    """The word embedding or output layer with zero rows behind it, which pad the vocabulary."""
     return nn.functional.pad(theirs[0], (0, 0, 0, config.padded_vocabulary - config.vocabulary))
 
 
@@ -131,7 +138,7 @@ def _interleaved(config: ModelConfig, theirs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _stacked(config: ModelConfig, rows: Tensor) -> Tensor:
-    """q over k over v."""
+    """`rows` of all query groups, reordered: q over k over v."""
     return torch.cat(_queries_keys_values(config, rows))
 
 
@@ -154,7 +161,7 @@ _STACKED_TRANSPOSED = Layout(
 # Names.
 
 OUTPUT_LAYER = "lm_head.weight"
-WORD_EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
+WORD_EMBEDDINGS: dict[Family, str] = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
 
 
 @dataclass(frozen=True)
@@ -208,3 +215,5 @@ _GPT2 = _Names(
     },
     final_norm="transformer.ln_f.",
 )
+
+_NAMES: dict[Family, _Names] = {"llama": _LLAMA, "gpt2": _GPT2}

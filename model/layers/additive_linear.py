@@ -35,7 +35,7 @@ class _LowRankUpdate(nn.Module):
     whole: Literal["A", "B"]
     """The factor that every tensor-parallel process holds whole."""
     stride: int
-    """Of B, where it is split (see `model/sharding.py`)."""
+    """Stride of the shards of B, where B is split (see `model/sharding.py`)."""
     input_size: int
     weight: Tensor
     bias: nn.Parameter | None

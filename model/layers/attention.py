@@ -19,7 +19,7 @@ from model.layers.dropout import DropoutCounter
 from model.layers.rotary import RotaryPositions
 
 HOPPER = 9
-"""Its compute capability."""
+"""Compute capability of a Hopper GPU."""
 
 
 def prefer_fast_kernels() -> None:

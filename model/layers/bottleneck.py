@@ -66,7 +66,7 @@ def _weighted(A: Tensor, weight: Tensor | None) -> Tensor:
 def _gradients(
     gradient: Tensor, tokens: Tensor, A: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of `tokens (tokens, in/tp)`, `A (rank, in/tp)` and `weight (in/tp)`, from that of the product."""
+    """Gradients of `tokens (tokens, in/tp)`, `A (rank, in/tp)` and `weight (in/tp)`, from that of the product."""
     of_weighted = gradient.t() @ tokens
     if weight is None:
         return gradient @ A, of_weighted, None

@@ -32,7 +32,7 @@ class DropoutCounter:
 
     @contextmanager
     def at(self, step: int, micro_step: int) -> Iterator[None]:
-        """Stands there for a while, whatever comes in between."""
+        """Sets the counters inside the block, and puts them back behind it."""
         now = self.step, self.micro_step
         self.step, self.micro_step = step, micro_step
         try:
@@ -82,7 +82,7 @@ class CounterDropout(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether it does anything."""
+        """Whether this site drops anything now."""
         return self.training and self.probability > 0.0
 
     @property

@@ -22,9 +22,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from model.config import NormKind
 from model.layers.bottleneck import down, up
 from model.layers.layer_norm import normed_down
-from model.layers.sharded_norm import NormKind, local_statistics, mark_sharded, new_sharded_vector, scaled
+from model.layers.sharded_norm import local_statistics, mark_sharded, new_sharded_vector, scaled
 from model.process_groups import tensor_size
 
 

@@ -43,7 +43,7 @@ def swiglu(inner: Tensor) -> Tensor:
 
 
 def swiglu_gradient(inner: Tensor, gradient: Tensor) -> Tensor:
-    """That of `inner (..., 2·width)`, from the one of the result `(..., width)`."""
+    """Gradient of `inner (..., 2·width)`, from the gradient of the result `(..., width)`."""
     inner, gradient = inner.contiguous(), gradient.contiguous()
     target = torch.empty_like(inner)
     _swiglu_gradient[_blocks(gradient)](inner, gradient, target, gradient.shape[-1], BLOCK=_BLOCK)

@@ -42,7 +42,7 @@ class RotaryPositions:
 
 
 class _Turn(torch.autograd.Function):
-    """Keeps the tables alone: the gradient is turned back."""
+    """The rotation as an autograd function. It keeps the tables alone: its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,14 @@ The fused norm of the factored layer shares these formulas. On CUDA `model/layer
 process alone has whole rows, and torch's own fused kernels.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from model.collectives import copy_to_group
+from model.config import NormKind
 from model.layers.bottleneck import down
 from model.layers.layer_norm import layer_norm
 from model.process_groups import tensor_size
-
-NormKind = Literal["rmsnorm", "layernorm"]
 
 
 def local_statistics(shard: Tensor, kind: NormKind) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,14 @@ _PLACEHOLDER = re.compile(r"(.*[=/])?[A-Z]{2,}$|\.\.\.$")
 
 @dataclass(frozen=True)
 class Command:
-    """One line, its continuations joined."""
+    """One command of the documentation: one line, its continuations joined."""
 
     page: str
     text: str
 
     @property
     def words(self) -> list[str]:
-        """Without variables in front and comment behind."""
+        """Words of the command, without variables in front and comment behind."""
         words = shlex.split(self.text, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)

@@ -15,7 +15,7 @@ EVERY = 3
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus, and a config of a run of `STEPS` steps."""
+    """A folder with a corpus, and a config of a run of `STEPS` steps."""
     folder = tmp_path_factory.mktemp("faults")
     make_corpus(folder / "corpus")
     return folder

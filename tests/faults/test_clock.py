@@ -21,7 +21,7 @@ JUMP_SECONDS = 86_400
 @pytest.mark.skipif(not LIBRARIES, reason="libfaketime (a Debian package of that name) is not installed")
 @pytest.mark.parametrize("sign", ["-", "+"])
 def test_a_jump_of_the_wall_clock_changes_nothing(config: Path, undisturbed: Path, tmp_path: Path, sign: str) -> None:
-    """By a day, while a save writes beside the training."""
+    """The clock jumps by a day, while a save writes beside the training."""
     offset, run = tmp_path / "offset", tmp_path / "run"
     offset.write_text("+0s")
     environment = os.environ | {

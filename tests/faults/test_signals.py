@@ -29,7 +29,7 @@ SIGNALS = [
 def test_a_signal_to_one_process_saves_and_ends_all(
     config: Path, undisturbed: Path, action: str, place: str, code: int, saved: int
 ) -> None:
-    """In the second of two micro-steps, in a save, and in an event."""
+    """The signal comes in the second of two micro-steps, in a save, and in an event."""
     run = config.parent / "run"
     step = {"step.forward": 7, "save.shard": 6, "event.changed": 8}[place]
     ended = train(config, faults=f"{action}@{place}:1:{step}")

@@ -193,7 +193,7 @@ def test_the_kubernetes_job_agrees_with_itself() -> None:
 
 
 def facts(config: RunConfig, tmp_path: Path) -> NodeFacts:
-    """Of this machine."""
+    """Facts of this machine."""
     token = tmp_path / "token"
     token.touch()
     return gather(config, 1, token=token, clock_seconds=0.0)

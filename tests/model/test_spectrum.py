@@ -49,7 +49,7 @@ def test_singular_values_equal_svdvals(case: str, processes: int) -> None:
 
 
 def _batch() -> list[Grams]:
-    """Of three ranks in turn, with rows of A that are dependent in some, where Cholesky's factor does not exist."""
+    """Grams of products, three ranks in turn. In some, rows of A are dependent: Cholesky's factor does not exist."""
     generator, products = torch.Generator().manual_seed(4), []
     for place in range(9):
         rank = 5 + place % 3

@@ -48,12 +48,12 @@ class Host:
         ]
 
     def environment(self) -> dict[str, str]:
-        """With an `ssh` that knows the keys, and gloo on the host's own interface."""
+        """Environment with an `ssh` that knows the keys, and gloo on the host's own interface."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("ESPALIER_", "MASTER_"))}
         return kept | {"PATH": f"{self.folder}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "wire"}
 
     def start(self, command: Sequence[str], output: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """In the background; what it says goes to a file."""
+        """Starts a command in the background; its output goes to a file."""
         with output.open("wb") as file:
             return subprocess.Popen(
                 self.command(command), env={**self.environment(), **environment}, stdout=file, stderr=subprocess.STDOUT

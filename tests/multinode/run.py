@@ -95,7 +95,7 @@ def refusals(hosts: Sequence[Host], config: Path, folder: Path) -> None:
 
 
 def over_mpi(hosts: Sequence[Host], config: Path, folder: Path) -> None:
-    """The same run on two hosts, to its end, by mpirun."""
+    """Trains on two hosts to the end, started by mpirun."""
     interfaces = "--allow-run-as-root --mca btl_tcp_if_include wire --mca oob_tcp_if_include wire"
     more = ["--launcher", "openmpi", f"--launcher-args={interfaces}", f"run.folder={folder / 'mpi'}"]
     launch = multinode(hosts[0], hostfile(folder / "hosts", hosts[:2]), config, folder / "mpi.out", *more)
@@ -131,7 +131,7 @@ def as_pods(hosts: Sequence[Host], config: Path, folder: Path) -> None:
 
 
 def training(hosts: Sequence[Host], config: Path, folder: Path, run: Path) -> None:
-    """From the launch on all hosts to the end on those that are left."""
+    """Trains from the launch on all hosts to the end on those that are left."""
     launch = multinode(hosts[0], hostfile(folder / "hosts", hosts), config, folder / "first.out")
     report("preflight passed", launch.wait_for("preflight: the run may start"))
     report("launch to the end of the first step", launch.wait_for("step 1/"))

@@ -116,7 +116,7 @@ def test_deterministic_models_never_attend_by_cudnn() -> None:
 
 
 def _timeouts(stage: int, hang_seconds: float) -> set[timedelta]:
-    """Of all groups that a run makes."""
+    """Timeouts of all groups that a run makes."""
     initialize_process_groups(2, collective_timeout(hang_seconds))
     config = ModelConfig(family="llama", layers=1, hidden=32, heads=4, sequence_length=16, vocabulary=100)
     small_run = SmallRun(config, {p.name: 4 for p in factored_projections(config)}, Case(tensor=2, stage=stage))

@@ -141,7 +141,7 @@ def _assert_same(checkpoint: CheckpointReader, found: Found) -> None:
     ids=str,
 )
 def test_a_checkpoint_is_the_logical_state(written: Callable[[Place, str], Written], place: Place, kind: str) -> None:
-    """Of a run that has grown: what one process reads, and what is gathered from the engine that wrote it."""
+    """State of a run that has grown: what one process reads, and what is gathered from the engine that wrote it."""
     source = written(place, kind)
     checkpoint = source.checkpoint
     checkpoint.verify()

@@ -12,9 +12,9 @@ from tests.support.training_runs import make_corpus
 from tests.support.whole_runs import grown_run, plain_step, problems_of_run, problems_of_tool, waits_with_planted_read
 
 HOST_WAITS_OF_PLAIN_STEP = 1
-"""Of a plain step: the one of `pretrain/agreement.py`."""
+"""Waits of a plain step: the one of `pretrain/agreement.py`."""
 HOST_WAITS_OF_EVENT = 15
-"""Beside those in DeepSpeed's code, which at stage 3 grow with the layers."""
+"""Waits of an event beside those in DeepSpeed's code, which at stage 3 grow with the layers."""
 FIXED = ["rank.policy=fixed", "rank.events=[]"]
 GPT2 = ["model.family=gpt2"]
 DENSE = [*FIXED, "model.parametrization=dense"]

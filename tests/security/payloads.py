@@ -37,7 +37,7 @@ def torch_file(canary: Path) -> bytes:
 
 
 def array_file(canary: Path) -> bytes:
-    """A `.npy` of objects."""
+    """A `.npy` file of Python objects."""
     buffer = io.BytesIO()
     np.save(buffer, np.array([Bait(canary)], dtype=object), allow_pickle=True)
     return buffer.getvalue()

@@ -24,7 +24,7 @@ NAMES = {
 }  # fmt: skip
 
 METHODS = {"extractall", "load_adapter", "load_checkpoint"}
-"""Of objects whose class a scan does not know: archives, transformers' and DeepSpeed's own loaders."""
+"""Names of methods of objects whose class a scan does not know: archives, transformers' and DeepSpeed's own loaders."""
 
 _SAFE_LOADERS = {"yaml.CSafeLoader", "yaml.SafeLoader"}
 _OPEN_ADDRESS = re.compile(r"--bind_all|(?<![\d.])0\.0\.0\.0(?![\d.])")
@@ -42,7 +42,8 @@ def python_faults(source: str) -> list[str]:
 
 
 def shell_faults(source: str) -> list[str]:
-    """The same for a shell script; what stands between `-c '` and `'` counts as Python."""
+    """`line N: what`, for everything in a shell script that is not allowed. Text between `-c '` and `'` counts as
+    Python."""
     found = []
     for number, line in enumerate(source.splitlines(), start=1):
         code = re.sub(r"(^|\s)#.*", "", line)

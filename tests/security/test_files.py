@@ -51,7 +51,7 @@ def checked_corpus(folder: Path) -> None:
 
 
 def started(folder: Path) -> None:
-    """As a new run whose `checkpoint.start_from` is `model/`."""
+    """Starts as a new run does whose `checkpoint.start_from` is `model/`."""
     config = load_config(str(folder / "run.yaml"), [f"checkpoint.start_from={folder / 'model'}"])
     check_start(config, open_tokenizer(config.data.tokenizer))
 
@@ -62,7 +62,7 @@ def deepspeed(folder: Path) -> None:
 
 
 def joined_parts(folder: Path) -> None:
-    """As `tools/preprocess_corpus.py` finds parts again; their digests depend on the input's name."""
+    """Finds parts again as `tools/preprocess_corpus.py` does; their digests depend on the input's name."""
     for path in (folder / "parts.parts").glob("*.json"):
         unit = Unit((), path.name.partition("_")[0], 0)
         PartFolder(folder / "parts").complete_parts(unit)
@@ -303,7 +303,7 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def imported(folder: Path) -> None:
-    """As `tools/import_huggingface.py` reads it: by ourselves, and then by transformers, to compare."""
+    """Reads a folder as `tools/import_huggingface.py` does: by ourselves, and then by transformers, to compare."""
     open_source(folder)
     source_logits(folder, torch.zeros(1, 4, dtype=torch.long))
 

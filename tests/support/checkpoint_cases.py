@@ -39,7 +39,8 @@ def logical(name: str, key: str, step: int, layouts: Mapping[str, TensorLayout] 
 
 
 def flat_fragments(tensors: Mapping[tuple[str, str], Tensor], part: int, parts: int) -> Iterator[Fragment]:
-    """As ZeRO does: per key, all shards lie in one flat tensor, which is cut into equal parts regardless of borders."""
+    """Fragments as ZeRO makes them: per key, all shards lie in one flat tensor, which is cut into equal parts
+    regardless of borders."""
     for key in KEYS:
         shards = {name: tensor.reshape(-1) for (name, k), tensor in tensors.items() if k == key}
         flat = torch.cat(list(shards.values()))

@@ -34,7 +34,7 @@ PROPERTIES = SimpleNamespace(
 
 @contextmanager
 def answers(pretence: Pretence, functions: Functions) -> Iterator[None]:
-    """Inside it a GPU answers."""
+    """Inside the block torch answers as if there were a GPU."""
     with ExitStack() as stack:
 
         def replace(owner: Any, **values: Any) -> None:
@@ -71,7 +71,7 @@ def _random_state(*_: Any) -> Tensor:
 
 
 def _cuda(pretence: Pretence) -> dict[str, Any]:
-    """Attributes of `torch.cuda`."""
+    """Attributes of `torch.cuda` that the pretended GPU answers for."""
     bytes_held = ("allocated", "reserved", "cached")
     memory = {f"{peak}memory_{kind}": lambda *_: 0 for kind in bytes_held for peak in ("", "max_")}
     silent = (

@@ -71,7 +71,7 @@ class Ledger:
 
     @property
     def kernels(self) -> int:
-        """Launched up to now."""
+        """Kernels launched up to now."""
         return self._count.kernels.total()
 
     def problem(self, text: str) -> None:

@@ -11,7 +11,7 @@ _FEWEST_TO_SWEEP = 10_000
 
 
 class Place(Enum):
-    """Of a storage."""
+    """Where a storage lies."""
 
     PAGEABLE = "host memory"
     PINNED = "pinned host memory"
@@ -41,7 +41,7 @@ class Marks:
             return self.at(storage_key(tensor))
 
     def at(self, key: int) -> Place:
-        """By `storage_key`."""
+        """Place of the storage with this `storage_key`."""
         found = self._known.get(key)
         return Place.PAGEABLE if found is None else found[1]
 
@@ -55,5 +55,5 @@ class Marks:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same for all tensors that share memory; to be called where torch-function modes are off."""
+    """Key that all tensors share whose memory is the same; to be called where torch-function modes are off."""
     return int(tensor.untyped_storage()._cdata)

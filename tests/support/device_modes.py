@@ -93,7 +93,7 @@ class Pretence:
 
 
 class Operators(TorchDispatchMode):
-    """See the module."""
+    """Notes every operator of torch on the pretended device."""
 
     def __init__(self, pretence: Pretence) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ class Started:
         return _text(self.outputs / f"{number}.out")
 
     def wait_for(self, text: str, number: int = 0) -> None:
-        """Until process `number` has printed `text`."""
+        """Waits until process `number` has printed `text`."""
         end = time.monotonic() + RUN_SECONDS
         while text not in self.output(number):
             if time.monotonic() > end or not self.processes[number].is_alive():
@@ -128,7 +128,7 @@ def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def steps_of(run: Path) -> list[int]:
-    """Of the checkpoints, oldest first."""
+    """Steps of the checkpoints, oldest first."""
     return [CheckpointReader(one).step for one in reversed(step_folders(run / "checkpoints"))]
 
 

@@ -17,7 +17,7 @@ def texts() -> list[str]:
 
 
 def byte_level(folder: Path, settings: dict[str, Any] | None = None, others: tuple[str, ...] = ()) -> Path:
-    """As GPT-2's and Llama 3's: byte-level BPE with an end of text, and `others` as further special tokens."""
+    """Tokenizer like GPT-2's and Llama 3's: byte-level BPE with an end of text, and special tokens `others`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +29,7 @@ def byte_level(folder: Path, settings: dict[str, Any] | None = None, others: tup
 
 
 def sentencepiece_like(folder: Path) -> Path:
-    """As Llama 2's: a space in front of every text, U+2581 for spaces, bytes for what has no token."""
+    """A tokenizer as Llama 2's: a space in front of every text, U+2581 for spaces, bytes for what has no token."""
     pieces = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"])

@@ -18,7 +18,7 @@ Difference = dict[str, float]
 
 
 def _differences(kernel: Callable[..., Any], plain: Callable[..., Any], leaves: Sequence[Tensor]) -> Difference:
-    """Of results and of the gradients of all `leaves` that have entries."""
+    """Relative differences of both functions' results, and of the gradients of all `leaves` that have entries."""
     found = []
     for function in (kernel, plain):
         own = [leaf.clone().requires_grad_(leaf.numel() > 0) for leaf in leaves]

@@ -32,5 +32,5 @@ class Allocations(TorchDispatchMode):
         return result
 
     def alive_bytes(self) -> int:
-        """Of the storages that still live."""
+        """Bytes of the storages that still live."""
         return sum(size for storage, size in self._bytes.items() if not storage.expired())

@@ -29,7 +29,7 @@ from tests.support.varlen_attention import provide
 
 
 class PretendedCuda:
-    """See the module."""
+    """A GPU that is not there: torch answers as if it were, and everything computes on the CPU."""
 
     def __init__(self) -> None:
         self._pretence = Pretence()

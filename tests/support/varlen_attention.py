@@ -13,8 +13,8 @@ _provided = False
 
 
 def _sequences(bounds: Tensor, causal: bool, scale: float | None, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of each sequence what `tensors (tokens, heads, size)` hold of it, `(heads, length, size)`, the first of them
-    being queries and keys; and the probabilities before them."""
+    """Attention probabilities of each sequence, then its part `(heads, length, size)` of all `tensors (tokens, heads,
+    size)`, of which the first are queries and keys."""
     assert bounds.dtype == torch.int32
     assert all(tensor.shape[0] == int(bounds[-1]) and tensor.stride(-1) == 1 for tensor in tensors)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

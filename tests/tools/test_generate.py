@@ -96,7 +96,7 @@ def test_without_prompt_and_terminal_it_says_so(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_conversation(folder: Path) -> None:
-    """In a real terminal: two prompts, one too long, Ctrl-C, Ctrl-D."""
+    """A conversation in a real terminal: two prompts, one too long, Ctrl-C, Ctrl-D."""
     terminal, inside = pty.openpty()
     command = [sys.executable, "tools/generate.py", "--model", str(folder / "merged"), "--max-new-tokens", "8"]
     # A session of its own with the terminal as its own, so that Ctrl-C becomes a signal.

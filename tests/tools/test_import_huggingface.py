@@ -179,7 +179,7 @@ def test_our_own_folders_are_converted_without_a_detour(
 
 
 def test_older_gpt2_files(saved: Maker, imported: Callable[..., ConsolidatedModel]) -> None:
-    """Without the prefix, with masks beside the weights and the tied output layer spelled out."""
+    """Files without the prefix, with masks beside the weights and the tied output layer spelled out."""
     folder = saved("gpt2")
     expected = imported(folder, "dense").read("decoder.layers.1.self_attention.linear_qkv.weight")
     tensors = load_file(folder / "model.safetensors")

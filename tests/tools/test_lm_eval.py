@@ -175,7 +175,7 @@ def test_lm_eval_finds_our_figures(folder: Path, tmp_path: Path) -> None:
 
 
 def nats_in_worker(path: str, texts: list[str]) -> float:
-    """Of every token of the texts, none of an end of document behind them."""
+    """Nats of all tokens of the texts together, without an end of document behind any of them."""
     initialize_process_groups(1)
     found = find_model(Path(path), 1)
     tokenizer = open_tokenizer(found.tokenizer_path)

@@ -125,7 +125,7 @@ def test_foreign_files_are_never_overwritten(tmp_path: Path, tokenizer: Tokenize
 
 
 def twenty_files(folder: Path) -> list[Path]:
-    """Of 20,000 characters each, no two alike."""
+    """Documents of 20,000 characters each, no two alike."""
     text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (argparse, inspect, tarfile))
     assert len(text) > 20 * 6_000
     folder.mkdir()

@@ -67,7 +67,7 @@ class Case:
 
     method: str
     rank: int | None
-    """At the start."""
+    """Rank at the start of the run."""
     learning_rate: float
     policy: str = "fixed"
 

@@ -59,7 +59,7 @@ def train_with_peft(config: RunConfig, base: Path, rank: int) -> dict[str, Any]:
 
 
 def _losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of every token, `(sequences * length,)`."""
+    """Loss of every token, `(sequences * length,)`."""
     logits = model(input_ids=batch["tokens"], use_cache=False).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
 

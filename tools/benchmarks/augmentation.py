@@ -92,7 +92,7 @@ def _machine_line(facts: Mapping[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """From the command line."""
+    """The arguments of the command line; ConfigError for those that do not fit together."""
     parser = argparse.ArgumentParser(description="Measure what growing ranks costs.")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the rows there")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which tables (all)")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.engine.build import tear_down
 from pretrain.trainer import Trainer
-from tools.benchmarks.growing_run import PHASES, PhaseClock, growing_trainer, watched_events
+from tools.benchmarks.growing_run import PHASES, PhaseClock, growing_trainer, run_event
 
 RUN_STEPS = 2000
 TARGET = 0.01
@@ -50,12 +50,7 @@ def events(arguments: argparse.Namespace) -> tuple[list[Row], Iterator[str]]:
 
 def _timed_event(trainer: Trainer, clock: PhaseClock) -> Row:
     before = trainer.model.ranks()
-    with watched_events(clock, trainer):
-        clock.switch("measure")
-        decision = trainer.decide_if_due()
-        clock.switch(None)
-    if decision is None or decision.growth is None:
-        raise AssertionError(f"the schedule has no event after step {trainer.state.step}")
+    run_event(trainer, clock)
     phases = clock.taken()
     return {
         "event": trainer.state.step,

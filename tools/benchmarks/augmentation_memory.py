@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from model.process_groups import data_size
+from pretrain.agreement import NO_FLAGS, Flags
 from pretrain.engine.build import tear_down
 from pretrain.engine.zero3 import shape_of
 from pretrain.trainer import Trainer
-from tools.benchmarks.growing_run import PHASES, PhaseClock, growing_trainer, watched, watched_events
+from tools.benchmarks.growing_run import PHASES, PhaseClock, growing_trainer, run_event
 from tools.benchmarks.resident_bytes import PeakBytes, engine_bytes, predicted_bytes, process_bytes, tensor_bytes
 
 EVENTS = 3
@@ -57,14 +57,16 @@ def growing_memory(trainer: Trainer) -> list[Row]:
             row |= {"predicted_bytes": sum(getattr(expected, kind) for kind in kinds), "found_bytes": found.total}
         rows.append(row | {"all_tensors_bytes": tensor_bytes(), "process_bytes": process_bytes()})
 
+    def before_the_optimizer() -> Flags:
+        observe("backward")
+        return NO_FLAGS
+
     clock = PhaseClock(observe)
-    with watched_events(clock, trainer), watched(clock, DeepSpeedEngine, "step", "optimizer", None):
-        while trainer.state.step < train.steps:
-            if trainer.rank_control.due(trainer.state.step):
-                rows.append(_peak_of_event(trainer, clock))
-            clock.switch("backward")
-            trainer.train_step()
-            clock.phase = None  # what comes after the optimizer is no moment of its own
+    while trainer.state.step < train.steps:
+        if trainer.rank_control.due(trainer.state.step):
+            rows.append(_peak_of_event(trainer, clock))
+        trainer.train_step(before_the_optimizer)
+        observe("optimizer")
     tear_down(trainer.engine)
     return rows
 
@@ -73,10 +75,8 @@ def _peak_of_event(trainer: Trainer, clock: PhaseClock) -> Row:
     gc.collect()
     steady, before = engine_bytes(trainer.engine).total, process_bytes()
     largest = max(shape_of(parameter).numel() for parameter in trainer.model.trained_parameters().values())
-    clock.switch("measure")
     with PeakBytes() as peak:
-        trainer.decide_if_due()
-    clock.switch(None)
+        run_event(trainer, clock)
     return {
         "step": trainer.state.step,
         "moment": "peak",

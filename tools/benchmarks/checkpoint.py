@@ -122,7 +122,7 @@ def _newest(run: Path) -> CheckpointReader:
 
 
 def _spread(seconds: list[float]) -> list[float]:
-    """Least, median and most."""
+    """Least, median and most of some seconds."""
     return [min(seconds), statistics.median(seconds), max(seconds)]
 
 

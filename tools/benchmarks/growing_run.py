@@ -1,39 +1,33 @@
 """A run of the real trainer on random tokens whose ranks grow, with a clock on the phases of every event.
 
-The phases are those of `pretrain/growth/augmentation.py`, told apart where its functions begin and end:
-
-    measure → decide → verify (logits before) → new factors (rows) → stash → tear down → new factors → rebuild →
-    restore → verify → release
+decide      spectra and the policy
+take down   logits of a fixed batch, new factors, the stash, the end of the old engine
+rebuild     the new engine
+put back    masters and moments, and the check of the logits
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.gpt import EspalierModel
 from pretrain.config.run import parse_config
 from pretrain.data.corpus import Corpus
-from pretrain.growth import augmentation, rank_control
+from pretrain.engine.build import build_engine
+from pretrain.engine.deepspeed_config import deepspeed_dict
+from pretrain.growth.augmentation import augment
 from pretrain.trainer import Trainer
 from tools.benchmarks.step_report import synchronize
 
-_PHASES = (
-    (rank_control, "plan_growth", "decide", None),
-    (augmentation, "_fixed_batch_logits", "verify", None),
-    (augmentation, "_refuse_non_finite", "verify", "stash"),
-    (augmentation, "_factor_changes", "new factors", None),
-    (augmentation, "tear_down", "tear down", "new factors"),
-    (augmentation, "release_free_memory", "release", None),
-)
-"""Module, function, the phase it is, and the phase that follows; None: the one before goes on."""
-PHASES = ("measure", "decide", "verify", "stash", "tear down", "new factors", "rebuild", "restore", "release")
+PHASES = ("decide", "take down", "rebuild", "put back")
 
 
 class PhaseClock:
@@ -61,34 +55,32 @@ class PhaseClock:
         return taken
 
 
-@contextmanager
-def watched(clock: PhaseClock, owner: Any, name: str, phase: str, following: str | None) -> Iterator[None]:
-    """Calls of `owner.name` are `phase`; then comes `following`, or goes on what was before."""
-    original = getattr(owner, name)
+def run_event(trainer: Trainer, clock: PhaseClock) -> None:
+    """The event that is due, as `Trainer.decide_if_due` carries it out, with every phase on the clock; a collective."""
+    clock.switch("decide")
+    answer = trainer.rank_control.ask(trainer.model, trainer.state)
+    if answer.plan is None:
+        raise AssertionError(f"the schedule has no event after step {trainer.state.step}")
+    config = trainer.config
 
-    def timed(*arguments: Any, **named: Any) -> Any:
-        before = clock.phase
-        clock.switch(phase)
-        try:
-            return original(*arguments, **named)
-        finally:
-            clock.switch(following or before)
+    def rebuild(model: EspalierModel) -> DeepSpeedEngine:
+        clock.switch("rebuild")
+        settings = deepspeed_dict(config, trainer.layout)
+        engine = build_engine(model, config.optimizer, settings, compiled=config.train.compile)
+        clock.switch("put back")
+        return engine
 
-    setattr(owner, name, timed)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextmanager
-def watched_events(clock: PhaseClock, trainer: Trainer) -> Iterator[None]:
-    """The clock tells the phases of `trainer.decide_if_due` apart, once it was switched to "measure"."""
-    with ExitStack() as stack:
-        for owner, name, phase, following in _PHASES:
-            stack.enter_context(watched(clock, owner, name, phase, following))
-        stack.enter_context(watched(clock, trainer, "_new_engine", "rebuild", "restore"))
-        yield
+    clock.switch("take down")
+    trainer.engine, record = augment(
+        trainer.engine,
+        answer.plan,
+        rebuild=rebuild,
+        seed=config.run.seed,
+        consumed_samples=trainer.state.consumed_samples,
+        directions=answer.directions,
+    )
+    clock.switch(None)
+    trainer.state.growth.append(record)
 
 
 class _RandomText:
@@ -110,8 +102,8 @@ class _RandomText:
 
 
 def growing_trainer(arguments: argparse.Namespace, stage: int, steps: Sequence[int]) -> Trainer:
-    """Of a run on random tokens with so many steps before, between and behind its events, in which ranks grow by half
-    of the first one; `arguments` are those of `tools/benchmarks/augmentation.py`."""
+    """The trainer of a run on random tokens. `steps` are counts before, between and behind its events, and every event
+    raises the ranks by half of the first one. `arguments` are those of `tools/benchmarks/augmentation.py`."""
     processes = dist.get_world_size()
     first, added = arguments.first_rank, max(1, arguments.first_rank // 2)
     ends = list(accumulate(steps))

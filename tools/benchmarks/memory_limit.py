@@ -60,11 +60,11 @@ class ControlGroup:
             raise ConfigError(f"{self.folder} cannot be made ({error.strerror}): run the benchmark as root") from error
 
     def enter(self) -> None:
-        """The calling process, and those it starts."""
+        """Puts the calling process, and those it starts, into the group."""
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def bytes_in_use(self) -> int:
-        """Without files."""
+        """Bytes that the group uses now, cached files left out."""
         facts = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
         return int(facts["total_rss" if self.old else "anon"])
 
@@ -102,7 +102,7 @@ def limited(group: ControlGroup, command: Sequence[str]) -> tuple[float, list[tu
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Each as soon as it is measured."""
+    """The rows of the table, each as soon as it is measured."""
     run, merged, dense = (arguments.out / name for name in ("run", "merged", "dense"))
     settings = ["--config", arguments.config, *arguments.overrides, f"run.folder={run}", "train.validate_every=0"]
     settings += [f"checkpoint.every={_EVERY}", "schedule.warmup_steps=1", "train.log_every=1"]

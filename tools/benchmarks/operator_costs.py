@@ -39,9 +39,9 @@ FLOOR_SECONDS = 2.5e-6
 """A kernel that has next to nothing to do."""
 BANDWIDTH_SHARE = 0.80
 PRODUCT_SHARE = 0.66
-"""Of the 16-bit peak, in matrix products of the sizes of a step."""
+"""Share of the 16-bit peak that matrix products of the sizes of a step reach."""
 ATTENTION_SHARE = 0.35
-"""Of the 16-bit peak, in flash kernels, counting the causal half."""
+"""Share of the 16-bit peak that flash kernels reach, counting the causal half."""
 FP32_FLOPS = 40e12
 
 CARDS = {"h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12)}
@@ -69,7 +69,7 @@ class Operator:
     bytes: int
     flops: int
     shape: tuple[int, ...]
-    """Of its first output."""
+    """Shape of the operator's first output."""
     share_of_peak: float
     """The share of `peak` its FLOPs could reach."""
     in_fp32: bool
@@ -172,7 +172,7 @@ def _bytes_moved(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of what a kernel touches: an expanded dimension has one entry."""
+    """Bytes of a tensor that a kernel touches: an expanded dimension has one entry."""
     numbers = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         numbers *= size if stride else 1
@@ -180,7 +180,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _attention_flops(name: str, inputs: Sequence[Tensor]) -> int:
-    """Half of the square: two products forward, five backward."""
+    """FLOPs of causal attention, half of the square: two products forward, five backward."""
     backward = "backward" in name
     batch, heads, queries, size = inputs[1 if backward else 0].shape
     return (10 if backward else 4) * batch * heads * queries * queries * size // 2

@@ -185,7 +185,7 @@ def separate_parts(model: EspalierModel, name: str, rank: int) -> None:
             for factor in (part.A, part.B):
                 nn.init.normal_(factor, std=config.initial_std)
             parts.append(part)
-        norm_class = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
+        norm_class = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
         norm = norm_class(projection.in_features, eps=config.norm_epsilon)
         layer = SeparateFactors(norm, parts, config.groups if projection.kind == "qkv" else 1)
         parent, _, child = projection.name.rpartition(".")

@@ -20,7 +20,7 @@ from model.process_groups import device
 from tools.benchmarks.step_report import spread, synchronize
 
 PairOfRank = int | None
-"""None: the dense weight."""
+"""A pair of factors by its rank; None stands for the dense weight."""
 
 
 class LayerGemms:

@@ -63,7 +63,7 @@ class CountedStep:
     parameters: int
     operators: list[Operator]
     host_waits: dict[str, int]
-    """By phase."""
+    """Times that the host waits for the device, by phase."""
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def _extended(one: Sums, two: Sums, first: int, more: int) -> Sums:
 
 
 def _ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Factored over dense."""
+    """Milliseconds and kernels of the factored model as shares of the dense one's; empty unless both are there."""
     by_kind = {row["kind"]: row for row in rows}
     if not {DENSE, FACTORED} <= by_kind.keys():
         return {}

@@ -9,7 +9,7 @@ The contestants have the same shapes and stand in one process group; each repeti
 other, so that whatever else the machine does meets them alike, and ratios are of one repetition:
 
     dense           megatron-core's own layers
-    vanilla         A and B split along the rank, as published (vanilla_low_rank.py): an A for each of q, k, v ...
+    vanilla         A and B split along the rank, as published: an A for each of q, k, v ...
     vanilla_shared  the same with our shared A: the very function of ours, with its parameters and FLOPs
     factored        ours
 
@@ -40,13 +40,13 @@ from pretrain.errors import ConfigError, run_command
 from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
 from tools.arguments import output_file, positive
 from tools.benchmarks.collective_counter import CollectiveCounter
-from tools.benchmarks.network_namespaces import transmitted_bytes
+from tools.benchmarks.network_namespaces import launch, transmitted_bytes
 from tools.benchmarks.tensor_parallel_contestants import DTYPES, Contestant, build_contestants
-from tools.benchmarks.tensor_parallel_launch import launch
+from tools.console import table_lines
 from tools.experiments.race_results import hardware
 
 RAW_NUMBERS = 4 * 2**20
-"""Of the all-reduce that shows what the network gives: 16 MiB."""
+"""Numbers in the all-reduce that shows what the network gives: 16 MiB."""
 RAW_REPETITIONS = 5
 
 
@@ -150,7 +150,7 @@ def _timed(steps: Iterator[Tensor]) -> list[float]:
 
 
 def _interface_bytes() -> int:
-    """Sent through the interface of a namespace; the loopback interface would show every process's."""
+    """Bytes sent through the interface of a namespace; the loopback interface would show every process's."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return 0 if interface == "lo" else transmitted_bytes(interface)
 
@@ -242,30 +242,43 @@ def _profile(contestant: Contestant, stem: Path) -> None:
 def report(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The rows as text, sizes in MB of 10^6 bytes."""
     (network,) = measured["network"]
-    lines = [
-        f"\nhidden {network['hidden']}, network {network['network']}: an all-reduce of "
-        f"{network['message_bytes'] / 1e6:.1f} MB takes {1e3 * network['seconds']:.1f} ms, "
-        f"{network['gigabits_per_second']:.2f} Gbit/s in each direction\n",
-        f"{'per layer':16}{'direction':10}{'collectives':>12}{'formula':>9}{'MB':>10}{'formula':>10}",
-    ]
-    lines += [
-        f"{row['contestant']:16}{row['direction']:10}{row['collectives']:>12g}{row['collectives_formula']:>9g}"
-        f"{row['bytes'] / 1e6:>10.3f}{row['bytes_formula'] / 1e6:>10.3f}"
+    counts = [
+        [
+            row["contestant"],
+            row["direction"],
+            *(f"{row[key]:g}" for key in ("collectives", "collectives_formula")),
+            *(f"{row[key] / 1e6:.3f}" for key in ("bytes", "bytes_formula")),
+        ]
         for row in measured["collectives"]
     ]
-    lines.append(
-        f"\n{'all layers':16}{'seconds':>9}{'quartiles':>17}{'forward':>9}{'backward':>9}{'/ ours':>8}{'quartiles':>13}"
-        f"{'FLOPs/ours':>11}{'sent MB':>9}{'interface':>10}"
-    )
+    times = []
     for row in measured["times"]:
         low, median, high = row["seconds"]
         ratio_low, ratio, ratio_high = row["ratio_to_ours"]
         interface = f"{row['sent_bytes_interface'] / 1e6:.1f}" if row["sent_bytes_interface"] else "-"
-        lines.append(
-            f"{row['contestant']:16}{median:>9.4f}{f'{low:.4f}..{high:.4f}':>17}{row['forward_seconds']:>9.4f}"
-            f"{row['backward_seconds']:>9.4f}{ratio:>8.2f}{f'{ratio_low:.2f}..{ratio_high:.2f}':>13}"
-            f"{row['flops_ratio_to_ours']:>11.2f}{row['sent_bytes_formula'] / 1e6:>9.1f}{interface:>10}"
+        times.append(
+            [
+                row["contestant"],
+                *(f"{median:.4f}", f"{low:.4f}..{high:.4f}"),
+                *(f"{row[key]:.4f}" for key in ("forward_seconds", "backward_seconds")),
+                *(f"{ratio:.2f}", f"{ratio_low:.2f}..{ratio_high:.2f}", f"{row['flops_ratio_to_ours']:.2f}"),
+                *(f"{row['sent_bytes_formula'] / 1e6:.1f}", interface),
+            ]
         )
+    lines = [
+        f"\nhidden {network['hidden']}, network {network['network']}: an all-reduce of "
+        f"{network['message_bytes'] / 1e6:.1f} MB takes {1e3 * network['seconds']:.1f} ms, "
+        f"{network['gigabits_per_second']:.2f} Gbit/s in each direction\n",
+        *table_lines(["per layer", "direction", "collectives", "formula", "MB", "formula"], counts, left=2),
+        "",
+        *table_lines(
+            [
+                *("all layers", "seconds", "quartiles", "forward", "backward", "/ ours", "quartiles"),
+                *("FLOPs/ours", "sent MB", "interface"),
+            ],
+            times,
+        ),
+    ]
     return "\n".join(lines)
 
 

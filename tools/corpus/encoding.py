@@ -28,7 +28,7 @@ class Batch:
     texts: list[str]
     unit: int
     documents_read: int
-    """Of the unit up to the end of this batch, empty ones included."""
+    """Documents of the unit that were read up to the end of this batch, empty ones included."""
     ends_part: bool
     ends_unit: bool
     stored_bytes_read: int

@@ -16,7 +16,7 @@ from pretrain.monitor.run_folder import replace_text
 from pretrain.planning.fitting import fits, fitting_setup
 from pretrain.planning.rank_outlook import moments
 from pretrain.planning.step import Assumptions, Machine, StepPlan, plan_step
-from tools.plan_run import surroundings
+from tools.plan_run import Surroundings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configs.md"
@@ -26,7 +26,7 @@ NODES = {
     **dict.fromkeys(("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl"), 1),
     **{"llama_1b": 2, "llama_7b": 8, "llama_13b": 16, "llama_70b": 64},
 }
-"""Of every size, in the order of the table."""
+"""Nodes that every size is planned on, in the order of the table."""
 VARIANTS = ("", "_mlp", "_dense")
 VOCABULARIES = {"gpt2": 50257, "llama": 32000}
 """What the table assumes; a run has its tokenizer's."""
@@ -34,7 +34,7 @@ HEAD = ("config", "GPUs", "parameters: start, most", "GB a GPU: start, most", "t
 
 
 def names() -> list[str]:
-    """Of the configs for real use."""
+    """Names of the configs for real use, in the order of the table."""
     wanted = [size + variant for size in NODES for variant in VARIANTS]
     return [name for name in wanted if (ROOT / "configs" / f"{name}.yaml").exists()]
 
@@ -46,7 +46,8 @@ def config_of(name: str) -> RunConfig:
 def plans(name: str) -> tuple[RunConfig, Machine, Assumptions, list[StepPlan]]:
     """The first and the largest moment of a run; ConfigError if one does not fit."""
     config = config_of(name)
-    machine, assumed = surroundings(config, NODES["_".join(name.split("_")[:2])], GPUS_PER_NODE)
+    surroundings = Surroundings(NODES["_".join(name.split("_")[:2])], GPUS_PER_NODE)
+    machine, assumed = surroundings.machine(), surroundings.assumptions(config.train.precision)
     ahead = moments(config)
     ahead = ahead[:-1] or ahead  # the last one is the dense model, for comparison
     setup = fitting_setup(config, ahead[-1], machine, assumed)

@@ -41,7 +41,7 @@ AREAS = {
     "|engine/(replica_check|zero3|optimizer_state))",
     "Consolidated models, imports, exports": "pretrain/(convert/.*|disk|evaluation)|model/huggingface/.*"
     "|tools/(consolidate_checkpoint|densify_checkpoint|export_adapter|import_huggingface|inspect_checkpoint"
-    "|model_export|generate|text_model|evaluate)",
+    "|model_export|generate|evaluate)",
     "Benchmarks, plans, reports": ".*",
 }
 """Headings, and the files whose messages stand below each; the first that fits."""
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def messages() -> Iterator[Message]:
-    """All of them, some raised in several places."""
+    """All messages of the product; some are raised in several places."""
     paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     trees = {str(path.relative_to(ROOT).with_suffix("")): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     constants = {name: text for tree in trees.values() for name, text in _constants(tree)}
@@ -183,7 +183,7 @@ def _name(node: ast.expr) -> str:
 
 
 def _sort_key(message: Message) -> tuple[str, Message]:
-    """By letters alone; equal ones in some order that stays."""
+    """Key that sorts messages by their letters alone; equal ones keep an order that stays."""
     return re.sub(r"[^a-z0-9 ]", "", message.wrong.lower()).strip(), message
 
 

@@ -55,7 +55,7 @@ def tensorboard_shots(root: str) -> list[Shot]:
 
 
 def find_browser() -> str:
-    """Its path; ConfigError where there is none."""
+    """Path of a browser; ConfigError where there is none."""
     found = next((path for path in map(shutil.which, BROWSERS) if path), None)
     if found is None:
         raise ConfigError(f"there is none of {', '.join(BROWSERS)} on the PATH: install one (apt-get install chromium)")

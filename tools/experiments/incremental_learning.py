@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from pretrain.errors import ConfigError, run_command
 from pretrain.monitor.run_folder import json_text, replace_text
+from tools.console import progress
 from tools.experiments.linear_network import Alignment, LinearTask, Trajectory, learn, learning_order, predicted_steps
 from tools.experiments.transformer_updates import PLACES, OptimizerName, Run, TransformerTask, train, update_numbers
 
@@ -53,10 +53,10 @@ def linear_network(task: LinearTask, scales: Sequence[float], output: Path) -> d
     """Trains at all `scales`, shows a table, draws `linear_network.png`; returns the numbers."""
     found: dict[str, dict[str, Any]] = {}
     trajectories: dict[tuple[float, Alignment], Trajectory] = {}
-    with tqdm(desc="linear network", unit=" steps", disable=None) as progress:
+    with progress("linear network") as bar:
         for scale in scales:
             for alignment in ALIGNMENTS:
-                trajectories[scale, alignment] = learn(task, scale, alignment, progress.update)
+                trajectories[scale, alignment] = learn(task, scale, alignment, bar.advance)
     print(
         "| σ | start | matrix | steps to half of each mode | in order | next at half | directions, early | at the end |"
     )
@@ -81,9 +81,9 @@ def linear_network(task: LinearTask, scales: Sequence[float], output: Path) -> d
 def transformer(task: TransformerTask, output: Path) -> dict[str, Any]:
     """Trains with each optimizer, shows tables, draws `transformer_updates.png`; returns the numbers."""
     runs: dict[OptimizerName, Run] = {}
-    with tqdm(desc="transformer", total=task.steps * len(task.learning_rates), unit=" steps", disable=None) as progress:
+    with progress("transformer", task.steps * len(task.learning_rates)) as bar:
         for optimizer, _ in task.learning_rates:
-            runs[optimizer] = train(task, optimizer, progress.update)
+            runs[optimizer] = train(task, optimizer, bar.advance)
     numbers = {optimizer: update_numbers(run) for optimizer, run in runs.items()}
     places = [place for place in PLACES if place <= task.hidden]
     print(f"| optimizer | loss | {' | '.join(f'k = {place}' for place in places)} |\n|---|---|{'---|' * len(places)}")
@@ -166,7 +166,7 @@ def _transformer_picture(task: TransformerTask, runs: dict[OptimizerName, Run]) 
 
 
 def _entropy(values: np.ndarray) -> np.ndarray:
-    """Of the shares of singular values `(times, n)` in their sum, `(times,)`."""
+    """Entropy `(times,)` of the shares that singular values `(times, n)` have in their sum."""
     shares = values / values.sum(axis=1, keepdims=True)
     return -(shares * np.log(np.maximum(shares, 1e-300))).sum(axis=1)
 

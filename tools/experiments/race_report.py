@@ -1,20 +1,84 @@
 """What a race came to: tables and curves, written below a marker of `results.md` beside the file of results.
 
-The plan above the marker is people's; nothing there is touched.
+The plan above the marker is written by people; nothing there is touched. The file has three parts: the runs that are
+compared, the tables, the pictures.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pretrain.errors import DataError
 from pretrain.monitor.run_folder import replace_text
-from tools.experiments import race_figures
-from tools.experiments.race_entries import Curve, Entry, collect
-from tools.experiments.race_plan import RaceConfig, full_losses, loss_of, tuned_rate, tuning_losses
+from tools.experiments.race_plan import Method, RaceConfig, full_losses, loss_of, tuned_rate, tuning_losses
 from tools.experiments.race_results import COMPRESSED, Results, thinned
+from tools.experiments.race_speed import StepSeconds, seconds_until
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run of full length, at its validations."""
+
+    record: Mapping[str, Any]
+    loss: list[float]
+    flops: list[float]
+    """FLOPs since the start, in units of 1e12."""
+    seconds: list[float] | None
+    """Seconds since the start; None if this kind of model was not timed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with its runs of full length, by seed."""
+
+    name: str
+    method: Method
+    rate: float
+    curves: dict[int, Curve]
+
+    @property
+    def first(self) -> Curve:
+        return next(iter(self.curves.values()))
+
+    def losses(self) -> dict[int, float]:
+        """Loss at the end by seed."""
+        return {seed: loss_of(curve.record) for seed, curve in self.curves.items()}
+
+
+def collect(race: RaceConfig, content: Mapping[str, Any]) -> dict[str, Entry]:
+    """Methods that have at least one run of full length at their own learning rate, in the order of the race."""
+    step_seconds = StepSeconds(content["speed"])
+    entries = {}
+    for name, method in race.methods.items():
+        rate = tuned_rate(race, name, content["runs"])
+        curves = {
+            record["seed"]: _curve(record, step_seconds)
+            for record in content["runs"].values()
+            if (record["method"], record["learning_rate"], record["steps"]) == (name, rate, race.full_steps(name))
+        }
+        if rate is not None and curves:
+            entries[name] = Entry(name, method, rate, dict(sorted(curves.items())))
+    return entries
+
+
+def _curve(record: Mapping[str, Any], step_seconds: StepSeconds) -> Curve:
+    points = record["validation"]
+    seconds = [seconds_until(point["step"], record, step_seconds) for point in points]
+    known = [value for value in seconds if value is not None]
+    return Curve(
+        record,
+        [point["loss"] for point in points],
+        [point["flops"] / 1e12 for point in points],
+        known if len(known) == len(points) else None,
+    )
+
 
 MARKER = "<!-- Below: written by tools/experiments/race.py --report -->"
 _NONE = "–"
@@ -33,7 +97,7 @@ def write_report(race: RaceConfig, results: Results) -> None:
     images = document.parent / "images"
     images.mkdir(exist_ok=True)
     groups = {group: _of_group(race, entries, group) for group in _groups(race)}
-    for name, figure in race_figures.pictures(groups).items():
+    for name, figure in pictures(groups).items():
         figure.savefig(images / f"race_{name}.png", dpi=110)
     replace_text(document, plan + MARKER + "\n\n" + "\n".join(_lines(race, content, entries, groups)) + "\n")
     print(f"{document} and {images}/race_*.png are written: {len(content['runs'])} runs, {len(entries)} methods")
@@ -258,3 +322,70 @@ def _rate_table(
 def _tried(loss: float, chosen: bool) -> str:
     text = "diverged" if loss == float("inf") else f"{loss:.3f}"
     return f"**{text}**" if chosen else text
+
+
+_COLUMNS = 2
+_LOSS_HEADROOM = 1.25
+"""The axis ends above this multiple of the lowest loss: what follows the first steps is what matters."""
+
+
+def pictures(groups: Mapping[str, Mapping[str, Entry]]) -> dict[str, Figure]:
+    """The pictures of a race by name: one panel per group, the dense runs grey in each."""
+    drawn = {group: entries for group, entries in groups.items() if entries}
+    if not drawn:
+        return {}
+    losses = [loss for entries in drawn.values() for entry in entries.values() for loss in entry.first.loss]
+    highest = _LOSS_HEADROOM * min(losses, default=1.0)
+
+    def loss_curve(spent: Callable[[Curve], list[float] | None], label: str) -> Figure:
+        def draw(axes: Axes, entry: Entry, style: dict[str, Any]) -> None:
+            for number, curve in enumerate(entry.curves.values()):
+                values = spent(curve)
+                if values is not None:
+                    axes.plot(values, curve.loss, lw=1.3, label=None if number else entry.method.title, **style)
+
+        return _panels(drawn, draw, label, "validation loss", highest)
+
+    return {
+        "flops": loss_curve(lambda curve: curve.flops, "TFLOP"),
+        "seconds": loss_curve(lambda curve: curve.seconds, "seconds"),
+        "ranks": _panels(drawn, _draw_ranks, "step", "mean rank", None),
+    }
+
+
+def _draw_ranks(axes: Axes, entry: Entry, style: dict[str, Any]) -> None:
+    stretches = [stretch for stretch in entry.first.record["ranks"] if stretch["mean_rank"] is not None]
+    if stretches:
+        steps = [stretch["first_step"] for stretch in stretches]
+        ranks = [stretch["mean_rank"] for stretch in stretches]
+        end = stretches[-1]["first_step"] + stretches[-1]["steps"]
+        axes.step([*steps, end], [*ranks, ranks[-1]], where="post", label=entry.method.title, **style)
+
+
+def _panels(
+    groups: Mapping[str, Mapping[str, Entry]],
+    draw: Callable[[Axes, Entry, dict[str, Any]], None],
+    x_label: str,
+    y_label: str,
+    highest: float | None,
+) -> Figure:
+    rows = -(-len(groups) // _COLUMNS)
+    figure = Figure(figsize=(11.0, 3.8 * rows), layout="constrained")
+    panels = iter(figure.subplots(rows, min(_COLUMNS, len(groups)), squeeze=False).flat)
+    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for (group, entries), axes in zip(groups.items(), panels, strict=False):
+        dense, factored = cycle(("-", "--", ":")), cycle(colors)
+        for entry in entries.values():
+            if all(stretch["mean_rank"] is None for stretch in entry.first.record["ranks"]):
+                draw(axes, entry, {"color": "grey", "ls": next(dense)})
+            else:
+                draw(axes, entry, {"color": next(factored)})
+        axes.set(title=group, xlabel=x_label, ylabel=y_label)
+        if highest is not None:
+            axes.set_ylim(top=highest)
+        if axes.has_data():
+            axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    for axes in panels:
+        axes.set_axis_off()
+    return figure

@@ -39,7 +39,7 @@ class Stretch:
     first_step: int
     steps: int
     mean_rank: float | None
-    """None: dense."""
+    """None for a dense model."""
     linear_parameters: int
     parameters: int
     linear_flops_per_step: float
@@ -54,7 +54,7 @@ class Results:
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """`runs` by key, and `speed`, the timings."""
+        """The content of the file: `runs` by key, and `speed`, the timings."""
         if not self.path.exists():
             return {"format_version": FORMAT, "runs": {}, "speed": {}}
         try:

@@ -184,7 +184,7 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _environment(extensions: Path) -> dict[str, str]:
-    """Of a training process: this source tree before an installed one, one thread unless said otherwise."""
+    """Environment of a training process: this source tree before an installed one, one thread unless said otherwise."""
     environment = dict(os.environ)
     path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment.update(PYTHONPATH=os.pathsep.join(path), PYTHONWARNINGS=_NOISE, TORCH_EXTENSIONS_DIR=str(extensions))

@@ -101,7 +101,7 @@ def measure(race: RaceConfig, results: Results, runner: Runner) -> None:
 
 
 def _median_step_seconds(metrics: Path) -> float:
-    """Of the steps after the first ones, which are slower."""
+    """Median seconds of a step, without the first ones, which are slower."""
     seconds = [line["step_seconds"] for line in JsonLines(metrics).read()]
     return statistics.median(seconds[round(_WARM_UP_SHARE * len(seconds)) :])
 

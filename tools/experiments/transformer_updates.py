@@ -45,7 +45,7 @@ class TransformerTask:
     sequence_length: int = 64
     vocabulary: int = 1024
     sequences: int = 16
-    """Of one step."""
+    """Sequences of one step."""
     steps: int = 2000
     learning_rates: tuple[tuple[OptimizerName, float], ...] = (("sgd", 0.5), ("adam", 1e-3))
     measurements: int = 60

@@ -15,7 +15,7 @@ from pretrain.monitor import figures
 from tools.run_report.history import Point, RunHistory
 
 RUN_COLOURS = ("tab:blue", "tab:orange")
-"""Of the run, and of the one beside it."""
+"""Colours of the run, and of the one beside it."""
 EVENT_COLOURS = {
     "augmentation": "tab:green",
     "resume": "tab:purple",

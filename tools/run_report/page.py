@@ -1,17 +1,18 @@
 """The page of a run's report: one file of HTML with its pictures inside.
 
-Everything that comes out of a run's files is escaped, pictures are images that cannot run scripts, and the page's own
-policy forbids scripts and every connection, should either fail.
+`page.html.jinja` is its form. Everything that comes out of a run's files is escaped there, pictures are images that
+cannot run scripts, and the page's own policy forbids scripts and every connection, should either fail.
 """
 
 import base64
-import html
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from model.config import factored_projections
@@ -22,73 +23,47 @@ from tools.run_report.history import RunHistory, number
 MOST_EVENTS = 200
 """Rows of the table of events: the last ones."""
 _LONGEST_TEXT = 300
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222; }
-h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin: 2em 0 0.5em; }
-img { max-width: 100%; } .pair { display: flex; gap: 1em; } .pair img { width: 50%; min-width: 0; }
-table { border-collapse: collapse; } td, th { border-bottom: 1px solid #ddd; padding: 0.2em 0.9em 0.2em 0; }
-th { text-align: left; font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.text { overflow-wrap: anywhere; max-width: 40em; }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; } .note { color: #666; }
-"""
+_FORMS = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def page(run: RunHistory, beside: RunHistory | None) -> str:
     """The whole file."""
-    head = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{html.escape(run.name)} – Espalier</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-    )
-    return head + "\n".join(_body(run, beside)) + "\n</body></html>\n"
-
-
-def _body(run: RunHistory, beside: RunHistory | None) -> Iterator[str]:
     runs = [run] if beside is None else [run, beside]
-    model = run.config.model
-    yield f"<h1>{html.escape(run.name)}</h1>"
-    yield (
-        f'<p class="note">{model.family}, {model.layers} layers, hidden {model.hidden}, {model.parametrization}, '
-        f"rank policy {run.config.rank.policy}; step {run.last_step:,} of {run.config.train.steps:,}</p>"
+    kinds, ranks = _ranks(run)
+    return _FORMS.get_template("page.html.jinja").render(
+        run=run,
+        model=run.config.model,
+        names=["", *(one.name for one in runs)],
+        final=_final_figures(runs),
+        timeline=_image(figures.timeline(run) if run.training else None),
+        losses={axis: _image(figures.loss_by(axis, runs)) for axis in figures.AXES} if run.training else {},
+        rank_map=_image(figures.rank_map(run) if run.ranks else None),
+        spectrum=_image(figures.singular_values(run)),
+        kinds=kinds,
+        ranks=ranks,
+        events=_events(run),
+        settings=yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
-    yield from _section("Final figures", _final_figures(runs))
-    if run.training:
-        yield from _section("Loss, ranks and events", [_image(figures.timeline(run), "loss, ranks, events")])
-        pair = [_image(figures.loss_by(axis, runs), f"loss by {axis}") for axis in figures.AXES]
-        yield from _section("Loss against what it cost", ['<div class="pair">', *pair, "</div>", _SECONDS_NOTE])
-    if run.ranks:
-        yield from _section("Rank map", [_image(figures.rank_map(run), "rank by layer and step")])
-    spectrum = figures.singular_values(run)
-    if spectrum is not None and run.spectra is not None:
-        text = f'<p class="note">Step {run.spectra[0]:,}; shallow layers blue, deep ones green.</p>'
-        yield from _section("Singular values", [_image(spectrum, "singular values"), text])
-    if run.ranks:
-        yield from _section("Ranks at the end", _ranks(run))
-    yield from _section("Events", _events(run))
-    yield from _section("Settings", [f"<pre>{html.escape(_settings(run))}</pre>"])
 
 
-_SECONDS_NOTE = (
-    '<p class="note">Seconds are those of steps, policy decisions and augmentations; validations and checkpoints are '
-    "left out.</p>"
-)
-
-
-def _section(title: str, content: Iterable[str]) -> Iterator[str]:
-    yield f"<h2>{title}</h2>"
-    yield from content
-
-
-def _image(figure: Figure, description: str) -> str:
-    """As SVG in an <img>, where a browser runs nothing and loads nothing."""
+def _image(figure: Figure | None) -> str | None:
+    """The address of an <img> with the figure as SVG in it, where a browser runs nothing and loads nothing."""
+    if figure is None:
+        return None
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    return f'<img alt="{description}" src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _final_figures(runs: Sequence[RunHistory]) -> Iterator[str]:
-    """One column for each run."""
+def _final_figures(runs: Sequence[RunHistory]) -> list[list[str]]:
+    """Rows of a name and one figure for each run."""
     rows = {
         "validation loss": [_figure(run.validation[-1].lm_loss if run.validation else None, ".4f") for run in runs],
         "training loss": [_figure(run.training[-1].lm_loss if run.training else None, ".4f") for run in runs],
@@ -103,7 +78,7 @@ def _final_figures(runs: Sequence[RunHistory]) -> Iterator[str]:
             _figure(dense_flops_ratio(run.config, run.ranks[-1][1]) if run.ranks else None, ".2f") for run in runs
         ],
     }
-    yield _table(["", *(run.name for run in runs)], [[name, *values] for name, values in rows.items()], numbers=True)
+    return [[name, *values] for name, values in rows.items()]
 
 
 def _mean_rank(run: RunHistory) -> float | None:
@@ -122,8 +97,10 @@ def _share(summary: Mapping[str, Any], ours: str, dense: str) -> str:
     return f"{100.0 * part / whole:.1f} %" if part is not None and whole else "–"
 
 
-def _ranks(run: RunHistory) -> Iterator[str]:
-    """One row for each layer, one column for each kind of projection."""
+def _ranks(run: RunHistory) -> tuple[list[str], list[list[str]]]:
+    """Kinds of projections, and a row for each layer: its name and ranks. Both are empty for a dense model."""
+    if not run.ranks:
+        return [], []
     layers = factored_projections(run.config.model)
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
     last = run.ranks[-1][1]
@@ -131,18 +108,18 @@ def _ranks(run: RunHistory) -> Iterator[str]:
     for index in sorted({layer.layer for layer in layers}):
         by_kind = {layer.kind: last[layer.name] for layer in layers if layer.layer == index}
         rows.append([f"layer {index}", *(str(by_kind.get(kind, "–")) for kind in kinds)])
-    yield _table(["", *kinds], rows, numbers=True)
+    return [*kinds], rows
 
 
-def _events(run: RunHistory) -> Iterator[str]:
+def _events(run: RunHistory) -> list[list[str]]:
+    """Time, step, kind and facts of the last events."""
     rows = []
     for event in run.events[-MOST_EVENTS:]:
         facts = {name: value for name, value in event.items() if name not in ("time", "step", "event")}
         parts = [f"{name} {_value(value)}" for name, value in facts.items() if not isinstance(value, dict)]
-        rows.append([str(event.get("time", ""))[:19], str(event["step"]), event["event"], ", ".join(parts)])
-    yield _table(["time (UTC)", "step", "event", ""], [[_cut(cell) for cell in row] for row in rows])
-    if len(run.events) > MOST_EVENTS:
-        yield f'<p class="note">The last {MOST_EVENTS} of {len(run.events):,}.</p>'
+        cells = [str(event.get("time", ""))[:19], str(event["step"]), event["event"], ", ".join(parts)]
+        rows.append([_cut(cell) for cell in cells])
+    return rows
 
 
 def _value(value: object) -> str:
@@ -153,17 +130,3 @@ def _value(value: object) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + " …"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    """Escapes every cell."""
-    kind = "number" if numbers else "text"
-    lines = ["<table><tr>", *(f"<th>{html.escape(cell)}</th>" for cell in head), "</tr>"]
-    for first, *others in rows:
-        cells = (f'<td class="{kind}">{html.escape(cell)}</td>' for cell in others)
-        lines.append(f"<tr><td>{html.escape(first)}</td>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</table>"])
-
-
-def _settings(run: RunHistory) -> str:
-    return str(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

@@ -25,8 +25,8 @@ def _config(family: str, form: str, **changes: object) -> ModelConfig:
 
 
 def _saved_bytes(configs: list[ModelConfig], dtype: torch.dtype, tensor: int, within_documents: str = "") -> list[int]:
-    """Of all storages that autograd holds on to, parameters and buffers apart; `within_documents` by a "mask" or by
-    their "bounds"."""
+    """Bytes of all storages that autograd holds on to, parameters and buffers apart. `within_documents`: documents are
+    kept apart by a "mask" or by their "bounds"."""
     varlen_attention.provide()
     initialize_process_groups(tensor)
     totals = []

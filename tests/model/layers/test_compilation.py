@@ -54,6 +54,6 @@ def _compilations(family: str) -> tuple[int, int, list[str]]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_graph_serves_all_ranks(family: str) -> None:
-    """Of a llama the first call alone has another, which makes the rotary tables."""
+    """The first call of a llama has a second graph, which makes the rotary tables."""
     graphs = 2 if family == "llama" else 1
     assert run(_compilations, 1, family) == [(graphs, graphs, [])]

@@ -12,7 +12,7 @@ from tests.support.distributed import run
 
 SEQUENCE, BATCH, VOCABULARY, PADDED = 5, 3, 300, 384
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-"""Of a gradient beside the largest one: twice half a last place."""
+"""Error of a gradient beside the largest one: twice half a last place."""
 
 
 def _logits_labels_weights(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

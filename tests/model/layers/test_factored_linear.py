@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.config import NormKind
 from model.gpt import _transformer_config
 from model.layers.bottleneck import up
 from model.layers.factored_linear import FactoredLinear
-from model.layers.sharded_norm import NormKind, ShardedNorm
+from model.layers.sharded_norm import ShardedNorm
 from model.process_groups import initialize_process_groups, tensor_index
 from model.sharding import TensorLayout
 from tests.support.distributed import run

@@ -222,7 +222,7 @@ def test_what_a_layer_keeps_is_what_is_predicted(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_factors_keep_the_stream_and_bottlenecks(family: str) -> None:
-    """In numbers a token, by hand: hidden/p, four ranks, and two norms' statistics of p processes."""
+    """Kept numbers a token, counted by hand: hidden/p, four ranks, and two norms' statistics of p processes."""
     config = small_config(family, hidden=64, hidden_dropout=0.1)
     ranks = {p.name: 8 + place for place, p in enumerate(projections(config))}
     found = kept_activation_bytes(config, ranks, "factors", tensor_parallel=2, element_bytes=4)

@@ -9,7 +9,7 @@ from model.layers.residual_kernel import bias_dropout_add
 SEED = 2**62 + 12345
 PROBABILITY = 0.25
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-"""Of sums over two tokens, the coarsest."""
+"""Largest error of sums over two tokens, which are the coarsest."""
 
 
 def _mask(shape: tuple[int, ...], seed: int = SEED) -> Tensor:

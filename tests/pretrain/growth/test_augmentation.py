@@ -262,7 +262,7 @@ def test_truncation_keeps_the_best_of_the_product_and_turns_the_moments(
 
 
 def _compare(dtype: torch.dtype, changes: list[float]) -> list[tuple[float, str, str]]:
-    """Of each change on the second process alone: what was found, what was printed, and the error."""
+    """Makes each change on the second process alone: what was found, what was printed, and the error."""
     initialize_process_groups(1)
     found = []
     for change in changes:

@@ -9,7 +9,7 @@ from pretrain.growth.stash import host_copies, host_copy
 
 
 def _fragments() -> tuple[list[Fragment], dict[tuple[str, str], Tensor]]:
-    """Of two flat tensors, with gaps between some and an empty one, and one that has a tensor for itself."""
+    """Fragments of two flat tensors, with gaps between some and an empty one, and one that has a tensor for itself."""
     fragments, whole = [], {}
     for key in ("master", "exp_avg"):
         flat = torch.randn(200, generator=torch.Generator().manual_seed(len(key)))

@@ -77,7 +77,7 @@ def test_an_additive_model_is_the_dense_one_and_its_factors(family, layers):
 
 
 def _summarized(config: RunConfig, ranks: dict[str, int], *, step: int, consumed_samples: int) -> dict[str, Any]:
-    """Of a run that neither grew, nor validated, nor saved."""
+    """Summary of a run that neither grew, nor validated, nor saved."""
     return summarize(
         config,
         ranks,

@@ -86,7 +86,7 @@ def _product(tensors: dict[str, Tensor], name: str) -> Tensor:
 def _reference_gradients(
     config: ModelConfig, case: Case, step: int, tensors: dict[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Of the mean loss over the step's whole batch, which is the one `SmallRun` draws."""
+    """Gradients of the mean loss over the step's whole batch, which is the one `SmallRun` draws."""
     if config.parametrization != "dense":
         return {}
     sequences = case.micro_batch * case.accumulation * data_size()

@@ -30,7 +30,7 @@ def _setup(case: Case, processes: int) -> Setup:
 
 
 def _bytes(tensors: list[Tensor], apart_from: frozenset[int] = frozenset()) -> int:
-    """Of all storages but some."""
+    """Bytes of all storages but those at the addresses `apart_from`."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(size for place, size in storages.items() if place not in apart_from)
 

@@ -18,8 +18,8 @@ from tests.support.peak_memory import living, peak_bytes
 
 TOLERANCE = 0.05
 COARSE_TOLERANCE = 0.12
-"""Of whole layers computed again, and of models with dense weights under ZeRO 3: there gloo's own copies and what a
-layer's backward pass holds beside its activations are not planned."""
+"""Error allowed with whole layers computed again, and with dense weights under ZeRO 3: there gloo's own copies and
+what a layer's backward pass holds beside its activations are not planned."""
 RANK, SEQUENCE, VOCABULARY = 16, 128, 4000
 
 

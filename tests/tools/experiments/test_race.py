@@ -18,7 +18,6 @@ from pretrain.config.run import parse_config
 from pretrain.errors import ConfigError, DataError, EspalierError
 from tools.experiments import race_results
 from tools.experiments.race import overview, refuse_changed_methods
-from tools.experiments.race_entries import Curve, Entry
 from tools.experiments.race_plan import (
     Run,
     best_rate,
@@ -29,7 +28,7 @@ from tools.experiments.race_plan import (
     run_settings,
     tuned_rate,
 )
-from tools.experiments.race_report import MARKER, on_frontier, write_report
+from tools.experiments.race_report import MARKER, Curve, Entry, on_frontier, write_report
 from tools.experiments.race_results import Results, flops_until, join_parts, locked, rank_stretches
 from tools.experiments.race_runs import ROOT, Busy, Runner
 from tools.experiments.race_speed import StepSeconds, kind_of, seconds_until, timings
@@ -400,7 +399,7 @@ def test_a_run_is_claimed_by_one_race(tmp_path: Path) -> None:
 
 
 def write_text(path: Path) -> Path:
-    """Documents of two sources."""
+    """Writes documents of two sources."""
     modules = [Path(__import__(name).__file__ or "").read_text() for name in ("ast", "argparse", "bisect", "inspect")]
     sources = ["in/a", "out/a", "in/b", "in/c"]
     lines = [json.dumps({"text": text, "source": source}) for text, source in zip(modules, sources, strict=True)]
