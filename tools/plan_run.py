@@ -18,8 +18,8 @@ from typing import Any
 
 from pretrain.config.run import RunConfig, load_config
 from pretrain.devices import DEVICES
+from pretrain.disk import replace_text
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import replace_text
 from pretrain.planning.communication import Links
 from pretrain.planning.compute import Arithmetic
 from pretrain.planning.fitting import fits, fitting_setup

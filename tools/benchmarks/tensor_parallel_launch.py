@@ -13,9 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import free_port
 from pretrain.errors import EspalierError
-from pretrain.monitor.run_folder import json_text, replace_text
 from tools.benchmarks.network_namespaces import check_namespaces, joined_namespaces, parse_rate
 
 LINK_PORT = 29500

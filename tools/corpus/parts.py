@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.data.index_check import files_of, scan_index
+from pretrain.disk import commit_files
 from pretrain.errors import DataError
 from tools.corpus.documents import read_documents
 from tools.corpus.encoding import Batch, Encoded
@@ -185,10 +186,7 @@ class PartFolder:
 
     def _commit(self, staged: Path, prefix: Path, facts: PartFacts) -> None:
         files_of(staged)[2].write_text(facts.model_dump_json() + "\n", encoding="utf-8")
-        for source, target in zip(files_of(staged), files_of(prefix), strict=True):  # the .json comes last
-            flush_to_disk(source)
-            source.replace(target)
-        flush_to_disk(self.path)
+        commit_files(dict(zip(files_of(staged), files_of(prefix), strict=True)))  # the .json comes last
 
     def _remove_if_empty(self) -> None:
         if self.path.is_dir() and all(path.suffix == ".lock" for path in self.path.iterdir()):
@@ -216,15 +214,6 @@ def batches(units: Sequence[tuple[int, Unit, int]], json_keys: Sequence[str]) ->
                 part_characters = 0 if ends_part else part_characters
         stored_before += unit.stored_bytes
         yield Batch(texts, number, read, True, True, stored_before)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def token_type_of(vocabulary: int) -> type[np.uint16] | type[np.int32]:

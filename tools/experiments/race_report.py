@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.disk import replace_text
 from pretrain.errors import DataError
-from pretrain.monitor.run_folder import replace_text
 from tools.experiments import race_figures
 from tools.experiments.race_entries import Curve, Entry, collect
 from tools.experiments.race_plan import RaceConfig, full_losses, loss_of, tuned_rate, tuning_losses

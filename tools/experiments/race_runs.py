@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from pretrain.config.files import merge
+from pretrain.distributed import free_port
 from pretrain.errors import EspalierError, NumericalError
 from tools.experiments.race_plan import RaceConfig, Run, run_config, run_settings
 from tools.experiments.race_results import join_parts, read_part
@@ -95,7 +95,7 @@ class Runner:
         file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=1), encoding="utf-8")
         log = folder.with_suffix(".log")
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", "1"]
-        command += ["--master_port", str(_free_port()), "--quiet", str(ROOT / "pretrain" / "train.py")]
+        command += ["--master_port", str(free_port()), "--quiet", str(ROOT / "pretrain" / "train.py")]
         status = self._call([*command, "--config", str(file)], log, lock)
         if status not in (0, NumericalError.exit_code):
             raise EspalierError(f"a run ended with exit code {status}: see {log}")
@@ -192,9 +192,3 @@ def _environment(extensions: Path) -> dict[str, str]:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
