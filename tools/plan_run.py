@@ -26,7 +26,7 @@ from pretrain.planning.fitting import fits, fitting_setup
 from pretrain.planning.memory import Setup
 from pretrain.planning.rank_outlook import Moment, moments
 from pretrain.planning.step import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
 
 EFFICIENCY, PRODUCT_SHARE, USABLE, OVERLAP = 0.4, 0.6, 0.92, 0.0

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from pretrain.data.index_check import CorpusFacts, files_of, read_facts, scan_index
 from pretrain.disk import commit_files
 from pretrain.errors import ConfigError, DataError, run_command
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import positive
 from tools.corpus.documents import find_files
 from tools.corpus.encoding import encode_all

@@ -35,7 +35,8 @@ from pretrain.convert.logit_comparison import load_transformers, training_logits
 from pretrain.convert.source import DenseSource, dense_source
 from pretrain.disk import read_json
 from pretrain.errors import CheckpointError
-from pretrain.tokenizer.base import JSON_NAME, MODEL_NAME, Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import JSON_NAME, MODEL_NAME, Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from pretrain.tokenizer.sentencepiece import is_exact
 
 SETTINGS_NAME, ADAPTER_NAME = "config.json", "adapter_config.json"

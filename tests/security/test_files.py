@@ -29,7 +29,7 @@ from pretrain.disk import JsonLines
 from pretrain.engine.deepspeed_config import deepspeed_dict
 from pretrain.errors import EspalierError
 from pretrain.growth.initial_values import check_start
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.security.payloads import PICKLES, torch_file, yaml_texts
 from tests.security.planting import STEP, command, plant, refusal
 from tests.support.checkpoint_cases import edit_manifest

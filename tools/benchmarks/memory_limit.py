@@ -34,7 +34,7 @@ from pretrain.config.run import load_config
 from pretrain.disk import json_text, replace_text
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.provenance import git_revision, hardware, installed_versions
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import output_file, parse_bytes
 
 _SAMPLE_SECONDS = 0.005

@@ -23,7 +23,7 @@ from pretrain.errors import ConfigError, run_command
 from pretrain.policies import RankConfig, check_due, with_default_pace
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.provenance import git_revision, hardware, installed_versions
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.benchmarks.used_rank import train
 
 CHECK_EVERY = 8

@@ -30,7 +30,7 @@ from pretrain.disk import JsonLines, json_text, replace_text
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.monitor.run_folder import CONFIG_FILE
 from pretrain.provenance import git_revision, hardware, installed_versions
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.corpus.documents import find_files, read_documents
 from tools.preprocess_corpus import preprocess
 from tools.train_tokenizer import train_tokenizer, write_tokenizer

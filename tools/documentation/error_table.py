@@ -33,8 +33,7 @@ AREAS = {
     "|model/config",
     "Text, tokenizers, corpora": "pretrain/(data|tokenizer)/.*"
     "|tools/(corpus/.*|corpus_statistics|preprocess_corpus|train_tokenizer|wikitext)",
-    "Start and launch": "launch/.*"
-    "|pretrain/(distributed|device_.*|devices|planning/memory_check|resilience/run_lock|monitor/run_folder)",
+    "Start and launch": "launch/.*|pretrain/(distributed|device_.*|devices|resilience/run_lock|monitor/run_folder)",
     "Training": "pretrain/(train|trainer|resilience/.*|growth/(rank_control|augmentation|probe)|engine/build"
     "|monitor/(tracking|monitor))",
     "Checkpoints and resume": "pretrain/(checkpoint/.*|disk|resume|growth/(initial_values|stash)|train_state"
