@@ -16,6 +16,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "deepspeed>=0.19.8,<0.20",
+        "filelock>=4.2",
         "liger-kernel>=0.8",
         "matplotlib>=3.9",
         "megatron-core>=0.16.1,<0.17",

@@ -10,20 +10,19 @@ is found there is either right or not looked at. Parts are joined in the order o
 who made which part, nor when.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.data.index_check import files_of, scan_index
@@ -93,20 +92,17 @@ class PartFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         own = self.path / f"node_{node}_of_{nodes}.lock"
         others = sorted(self.path.glob("node_*.lock")) if nodes == 1 else []
-        locks = []
         try:
-            for path in dict.fromkeys([own, *others]):
-                locks.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
-                try:
-                    fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise DataError(
-                        f"{path} is held by another process that writes this corpus: wait until it has ended"
-                    ) from None
-            yield
+            with ExitStack() as locks:
+                for path in dict.fromkeys([own, *others]):
+                    try:
+                        locks.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
+                    except Timeout:
+                        raise DataError(
+                            f"{path} is held by another process that writes this corpus: wait until it has ended"
+                        ) from None
+                yield
         finally:
-            for lock in locks:
-                os.close(lock)
             self._remove_if_empty()
 
     def complete_parts(self, unit: Unit) -> list[tuple[Path, PartFacts]]:

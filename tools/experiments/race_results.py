@@ -121,11 +121,12 @@ def _thin_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Waits until no other process has `folder` locked; nothing is written for it."""
+def locked(folder: Path, *, wait: bool = True) -> Iterator[int]:
+    """Inside it `folder` is locked for this process, and for those that inherit the descriptor, which a lock of
+    `filelock` does not give away; nothing is written for it. BlockingIOError if another has it and we do not `wait`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
     finally:
         os.close(descriptor)

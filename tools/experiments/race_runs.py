@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pretrain.config.files import merge
 from pretrain.distributed import free_port
 from pretrain.errors import EspalierError, NumericalError
 from tools.experiments.race_plan import RaceConfig, Run, run_config, run_settings
-from tools.experiments.race_results import join_parts, read_part
+from tools.experiments.race_results import join_parts, locked, read_part
 from tools.experiments.race_text import Text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,15 +77,12 @@ class Runner:
     def _claimed(self, folder: Path) -> Iterator[tuple[Path, int]]:
         """The folder, locked for this process and those that inherit the descriptor."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = stack.enter_context(locked(folder, wait=False))
             except BlockingIOError as error:
                 raise Busy(f"another race is at work in {folder}: wait for it, or name another --work") from error
             yield folder, lock
-        finally:
-            os.close(lock)
 
     def _train(self, settings: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
         """The figures of one training, which may have diverged."""
