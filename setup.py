@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "deepspeed>=0.19.8,<0.20",
+        "filelock>=4.2",
         "jinja2>=3.1",
         "liger-kernel>=0.8",
         "matplotlib>=3.9",

@@ -19,8 +19,8 @@ from pretrain.checkpoint.format import FP32_BYTES, KEYS
 from pretrain.config.run import RunConfig, dump_config
 from pretrain.device_check import check_device
 from pretrain.errors import ConfigError
-from pretrain.monitor.run_folder import git_revision, installed_versions
 from pretrain.planning.rank_outlook import moments
+from pretrain.provenance import git_revision, installed_versions
 from pretrain.tokenizer.base import main_file
 
 CORPUS_SUFFIXES = (".bin", ".idx", ".json")

@@ -28,7 +28,7 @@ from launch.links import SLOW_SHARE, between, within
 from launch.node_facts import NodeFacts, checkpoints_bytes, gather, nearest_folder, tokenizer_file
 from pretrain.config.run import RunConfig, load_config
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 
 MOST_SKEW_SECONDS = 2.0
 TRAINING_PORT = 29500

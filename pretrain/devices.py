@@ -1,10 +1,8 @@
-"""What is known about devices: how fast one could be and what connects it to others, by name, and how much memory this
-process takes."""
+"""What is known about devices: how fast one could be and what connects it to others, by name."""
 
 import os
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 PEAK_FLOPS = {
@@ -60,12 +58,3 @@ def processes_of_machine(processes: int) -> int:
         if os.environ.get(name):
             return int(os.environ[name])
     return processes
-
-
-def memory_scalars() -> dict[str, float]:
-    """Bytes this process holds now, on the host and on its device, by TensorBoard tag."""
-    scalars: dict[str, float] = {"memory/resident_bytes": psutil.Process().memory_info().rss}
-    if torch.cuda.is_available():
-        scalars["memory/device_allocated_bytes"] = torch.cuda.memory_allocated()
-        scalars["memory/device_peak_bytes"] = torch.cuda.max_memory_allocated()
-    return scalars

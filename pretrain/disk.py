@@ -1,14 +1,102 @@
-"""A folder that appears only when it is complete, and takes the place of an earlier one then."""
+"""How files and folders reach the disk whole, and how files of others are read: strictly, and within a limit."""
 
+import contextlib
+import json
+import math
+import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-from safetensors import SafetensorError
+import xxhash
+from safetensors import SafetensorError, safe_open
 
-from pretrain.checkpoint.format import sync_folder
 from pretrain.errors import CheckpointError
+
+CHUNK_BYTES = 8 * 2**20
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a folder, so that both survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Writes a new file and waits for the disk; its size in bytes and checksum, taken from what was meant to be
+    written, so that a fault between memory and disk shows when the file is verified."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with path.open("xb") as file:
+        for block in blocks:
+            digest.update(block)
+            size += file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_128 of the file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file that takes its place at the end, or is removed when anything goes wrong."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.unlink(missing_ok=True)
+    try:
+        yield staging
+        commit_files({staging: path})
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes a whole file, or leaves the old one."""
+    with new_file(path) as staging:
+        write_blocks(staging, [content])
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file, or leaves the old one."""
+    replace_bytes(path, text.encode())
+
+
+def commit_files(names: Mapping[Path, Path]) -> None:
+    """Gives finished files the names they map to, all in one folder and the last one last, and waits for the disk."""
+    for staged, path in names.items():
+        flush_to_disk(staged)
+        staged.replace(path)
+    flush_to_disk(path.parent)
+
+
+def commit_folder(staging: Path, target: Path, aside: Path, moved_aside: Callable[[], object] = lambda: None) -> None:
+    """Gives the folder `staging` the name `target`. What has that name is moved to `aside`, and back if this fails;
+    removing it afterwards is left to the caller, and `moved_aside` is called between the two renames."""
+    flush_to_disk(staging)
+    replaced = os.path.lexists(target)
+    if replaced:
+        os.rename(target, aside)
+        moved_aside()
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if replaced:
+            os.rename(aside, target)
+        raise
+    flush_to_disk(target.parent)
 
 
 @contextmanager
@@ -24,18 +112,9 @@ def new_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(staging)  # of a run that was killed
         staging.mkdir(parents=True)
         yield staging
-        sync_folder(staging)
         if aside.exists():
             shutil.rmtree(aside)
-        if output.exists():
-            output.rename(aside)
-        try:
-            staging.rename(output)
-        except OSError:
-            if aside.exists():
-                aside.rename(output)
-            raise
-        sync_folder(output.parent)
+        commit_folder(staging, output, aside)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{output} could not be written ({error}): free space there, make it writable, or give another --output"
@@ -44,3 +123,134 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if output.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def plain_file_bytes(path: Path) -> int:
+    """Size of a regular file; links are refused, as they may lead out of the folder."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file (links are not followed)")
+    return status.st_size
+
+
+def read_limited(path: Path, limit_bytes: int) -> bytes:
+    """The bytes of a regular file that is no larger than such a file can be."""
+    size = plain_file_bytes(path)
+    if size > limit_bytes:
+        raise CheckpointError(f"{path} has {size} bytes, and {limit_bytes} is the most such a file can have")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def open_tensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A handle of a safetensors file, and the shapes of its tensors, all fp32; only the header is read."""
+    plain_file_bytes(path)
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    shapes = {}
+    for name in handle.keys():  # noqa: SIM118 (it is no dictionary)
+        header = handle.get_slice(name)
+        if header.get_dtype() != "F32":
+            raise CheckpointError(f"{path} holds {name!r} as {header.get_dtype()} and not as F32")
+        shapes[name] = tuple(header.get_shape())
+    return handle, shapes
+
+
+def decode_json(data: bytes | str) -> dict[str, Any]:
+    """A JSON object, without NaN, infinities, repeated keys or bottomless nesting; ValueError for anything else."""
+    try:
+        text = data.decode() if isinstance(data, bytes) else data
+        content = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it is not a JSON object but a {type(content).__name__}")
+    return content
+
+
+def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
+    """The object in a regular JSON file that is no larger than such a file can be."""
+    data = read_limited(path, limit_bytes)
+    try:
+        return decode_json(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return found
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for any reader: NaN and infinity, which JSON lacks, become null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [finite(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+class JsonLines:
+    """A file of one JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds one line; on an OSError the file is as before."""
+        line = json_text(record) + "\n"
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line.encode()) < len(line.encode()):
+                    raise OSError(f"{self.path} took only part of a line")
+            except OSError:
+                file.truncate(before)
+                raise
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; a line that holds none, such as one that a kill tore, is left out."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
+        return records
+
+    def cut(self, last_step: int | None) -> None:
+        """Drops a torn line, and lines whose step is after `last_step` (None: keeps all steps)."""
+        if not self.path.exists():
+            return
+        kept = [record for record in self.read() if last_step is None or record["step"] <= last_step]
+        replace_text(self.path, "".join(json_text(record) + "\n" for record in kept))

@@ -31,12 +31,13 @@ from pretrain.errors import EspalierError, NumericalError, StopSignal, agreed, r
 from pretrain.monitor.monitor import Monitor
 from pretrain.monitor.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.monitor.summary import summarize
-from pretrain.planning.memory_check import check_memory
+from pretrain.planning.fitting import check_memory
 from pretrain.resilience.guard import Guard, RollBack, Signals
 from pretrain.resilience.run_lock import LOCK_FILE, locked
 from pretrain.resilience.watchdog import lost_peers_told, reach, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from pretrain.train_state import samples_of_the_run
 from pretrain.trainer import Trainer, validation_samples
 

@@ -30,8 +30,7 @@ from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.writer import CheckpointWrite, Content
 from pretrain.config.parallel import Layout
 from pretrain.config.run import RunConfig
-from pretrain.data.corpus import Corpus, batch_at, micro_batch_start
-from pretrain.data.document_mask import model_inputs
+from pretrain.data.corpus import Corpus, batch_at, micro_batch_start, model_inputs
 from pretrain.data.prefetch import Prefetch, on_device, training_starts
 from pretrain.distributed import together
 from pretrain.engine.build import build_engine, evaluating, set_learning_rate

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.index_check import BLOCK, TOKEN_TYPES, check_index, files_of
+from pretrain.disk import replace_text
 from pretrain.errors import run_command
-from pretrain.monitor.run_folder import replace_text
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import output_file, positive
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)

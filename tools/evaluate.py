@@ -18,11 +18,12 @@ import numpy as np
 
 from model.process_groups import initialize_process_groups
 from pretrain.data.index_check import check_index
+from pretrain.disk import replace_text
 from pretrain.distributed import is_first_process, joined_processes, together
 from pretrain.errors import ConfigError, DataError, run_command
 from pretrain.evaluation import evaluate, find_model
-from pretrain.monitor.run_folder import replace_text
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import output_file, positive
 from tools.corpus.documents import find_files, read_documents
 

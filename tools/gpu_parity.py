@@ -34,10 +34,10 @@ from model.gpt import EspalierModel, build_model
 from model.layers.dropout import CounterDropout, DropoutCounter
 from model.process_groups import device, initialize_process_groups, single_process
 from pretrain.data.document_mask import outside_mask
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import joined_processes
 from pretrain.errors import ConfigError, EspalierError, run_command
 from pretrain.growth.spectra import measure_spectra
-from pretrain.monitor.run_folder import json_text, replace_text
 from tools.arguments import output_file
 from tools.benchmarks.step_report import machine, machine_lines
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from model.config import ModelConfig, projections
 from model.costs.arithmetic import total_parameters, trained_parameters, training_flops_per_token
-from pretrain.checkpoint.format import replace_file
 from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
 from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel, Facts, facts_of
+from pretrain.disk import replace_bytes
 from pretrain.errors import CheckpointError, ConfigError, run_command
 from tools.console import table_lines
 
@@ -155,7 +155,7 @@ def main() -> None:
         print("\nall checksums are right")
     if arguments.json is not None:
         try:
-            replace_file(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
+            replace_bytes(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
         except OSError as error:
             raise ConfigError(f"{arguments.json} cannot be written ({error.strerror}): give another --json") from error
 

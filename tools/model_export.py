@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from pretrain.checkpoint.format import write_blocks
 from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel
 from pretrain.convert.export_marker import TITLES, check_disk, check_output, check_source, files_below
 from pretrain.convert.huggingface_export import dense_bytes
 from pretrain.convert.logit_comparison import TOLERANCES, Comparison
-from pretrain.disk import new_folder
+from pretrain.disk import new_folder, write_blocks
 from tools.arguments import parse_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

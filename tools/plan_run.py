@@ -18,15 +18,15 @@ from typing import Any
 
 from pretrain.config.run import RunConfig, load_config
 from pretrain.devices import DEVICES
+from pretrain.disk import replace_text
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import replace_text
 from pretrain.planning.communication import Links
 from pretrain.planning.compute import Arithmetic
 from pretrain.planning.fitting import fits, fitting_setup
 from pretrain.planning.memory import Setup
 from pretrain.planning.rank_outlook import Moment, moments
 from pretrain.planning.step import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
 from tools.console import table_lines
 

@@ -28,13 +28,15 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.index_check import CorpusFacts, files_of, read_facts, scan_index
+from pretrain.disk import commit_files
 from pretrain.errors import ConfigError, DataError, run_command
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import positive
 from tools.console import progress
 from tools.corpus.documents import find_files
 from tools.corpus.encoding import encode_all
-from tools.corpus.parts import PartFolder, Unit, batches, flush_to_disk, plan_units, token_type_of
+from tools.corpus.parts import PartFolder, Unit, batches, plan_units, token_type_of
 
 FORMAT = 1
 """Version of the parts: raised when other tokens come out of the same input."""
@@ -143,9 +145,7 @@ class Job:
                 staged = Path(staging, "corpus")
                 facts = self._join(folder, units, staged)
                 # The facts come last: together with the fingerprint in them they make the three files one corpus.
-                for source, target in zip(files_of(staged), files_of(self.prefix), strict=True):
-                    source.replace(target)
-                flush_to_disk(self.prefix.parent)
+                commit_files(dict(zip(files_of(staged), files_of(self.prefix), strict=True)))
                 folder.clear()
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -179,8 +179,6 @@ class Job:
         )
         facts_path = files_of(staged)[2]
         facts_path.write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in files_of(staged):
-            flush_to_disk(path)
         return facts
 
     def _cannot_write(self, error: OSError) -> DataError:

@@ -11,8 +11,8 @@ loss.
 import argparse
 from pathlib import Path
 
+from pretrain.disk import replace_text
 from pretrain.errors import run_command
-from pretrain.monitor.run_folder import replace_text
 from tools.arguments import output_file
 from tools.run_report.history import RunHistory
 from tools.run_report.page import page

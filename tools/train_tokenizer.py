@@ -11,9 +11,7 @@ The same input and settings give the same file, byte for byte.
 
 import argparse
 import io
-import os
 import random
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from pretrain.disk import new_file, write_blocks
 from pretrain.errors import DataError, run_command
 from pretrain.tokenizer.sentencepiece import END_OF_DOCUMENT, MASK, SCORE_QUANTUM, Piece, SentencePieceTokenizer
 from tools.corpus.documents import find_files, read_documents
@@ -111,22 +110,13 @@ def train_tokenizer(
 
 def write_tokenizer(model: bytes, output: Path) -> SentencePieceTokenizer:
     """Writes a model file as a whole or not at all, and opens it."""
-    staging: Path | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as file:
-            staging = Path(file.name)
-            file.write(model)
-            file.flush()
-            os.fsync(file.fileno())
-        SentencePieceTokenizer(staging)
-        staging.chmod(0o644)
-        staging.replace(output)
+        with new_file(output) as staging:
+            write_blocks(staging, [model])
+            SentencePieceTokenizer(staging)
     except OSError as error:
         raise DataError(f"{output} cannot be written ({error.strerror}): free space or change --output") from error
-    finally:
-        if staging is not None:
-            staging.unlink(missing_ok=True)
     return SentencePieceTokenizer(output)
 
 

@@ -28,6 +28,7 @@ from typing import IO, TypeVar
 import zstandard
 
 from pretrain.data.index_check import CorpusFacts, files_of
+from pretrain.disk import new_file
 from pretrain.errors import DataError, run_command
 from tools.arguments import positive
 from tools.preprocess_corpus import preprocess
@@ -70,17 +71,11 @@ def write_articles(source: Path, folder: Path) -> dict[str, Path]:
         targets = {}
         for share, name in SHARES.items():
             targets[share] = folder / f"{share}.jsonl.zst"
-            staging = folder / f".{share}.{os.getpid()}"
-            try:
-                with _opened(source, name) as lines, staging.open("wb") as stored:
-                    with zstandard.ZstdCompressor().stream_writer(stored, closefd=False) as packed:
-                        for article in articles(lines):
-                            packed.write(json.dumps({"text": article}, ensure_ascii=False).encode() + b"\n")
-                    os.fsync(stored.fileno())
+            with _opened(source, name) as lines, new_file(targets[share]) as staging:
+                with staging.open("xb") as stored, zstandard.ZstdCompressor().stream_writer(stored) as packed:
+                    for article in articles(lines):
+                        packed.write(json.dumps({"text": article}, ensure_ascii=False).encode() + b"\n")
                 os.utime(staging, ns=(source.stat().st_mtime_ns,) * 2)
-                staging.replace(targets[share])
-            finally:
-                staging.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error.strerror}): free space or change --output") from error
     return targets

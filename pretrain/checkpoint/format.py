@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, as checked data: names, fragments, the manifest, and how its files reach the disk.
+"""What a checkpoint folder holds, as checked data: names, fragments, the manifest, and how tensors are written.
 
     checkpoints/
         latest                                   name of the newest step: for people and scripts, never trusted
@@ -14,18 +14,19 @@ sorted by start, start_0 = 0, start_(i+1) = start_i + length_i, and the last one
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
+import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
 from model.sharding import TensorLayout
+from pretrain.disk import decode_json, write_blocks
 from pretrain.errors import CheckpointError
 
 FORMAT_VERSION = 2
@@ -38,8 +39,9 @@ STEP_PATTERN = re.compile(r"step_([0-9]{9,12})")
 FILE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$"
 LARGEST_STEP = 10**12 - 1
 MANIFEST_LIMIT_BYTES = 512 * 2**20
-CHUNK_BYTES = 8 * 2**20
 FP32_BYTES = 4
+_TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Safetensors' names of types."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 def decode_manifest(data: bytes) -> Manifest:
     """The manifest in `data`; a `CheckpointError` says what is wrong with it."""
-    content = decode_json(data)
+    try:
+        content = decode_json(data)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -193,38 +198,6 @@ def first_validation_error(error: ValidationError) -> str:
     """The first complaint of pydantic in one line: where and what."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is too large for a number")
-    return number
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return found
-
-
-def decode_json(data: bytes) -> dict[str, Any]:
-    """A JSON object, without NaN, infinities, repeated keys or bottomless nesting."""
-    try:
-        content = json.loads(
-            data.decode(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"it is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"it is not a JSON object but a {type(content).__name__}")
-    return content
 
 
 def check_coverage(
@@ -269,67 +242,33 @@ def check_coverage(
         raise CheckpointError(f"{key} of {name} (tensor-parallel index {index}) belongs to no parameter of the model")
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3_128 of the file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes a new file and waits for the disk; its size in bytes and checksum, taken from what was meant to be
-    written, so that a fault between memory and disk shows when the file is verified."""
-    digest = xxhash.xxh3_128()
-    size = 0
-    with path.open("xb") as file:
-        for block in blocks:
-            digest.update(block)
-            size += file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Makes `path` hold `data`: all of it, or what it held before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_blocks(partial, [data])
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> tuple[int, str]:
-    """Writes fp32 `tensors`, which come in the order of `shapes`, as one safetensors file; its size and checksum.
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[Tensor],
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Writes `tensors` of this `dtype`, which come in the order of `shapes`, as one safetensors file; its size and
+    checksum.
 
     One tensor at a time is brought to the host. `safetensors.torch.save_file` would hold host copies of all tensors of
     a GPU at once, read the file again for the checksum, hide the reason of a failed write and ignore the umask.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + FP32_BYTES * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def blocks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            array = tensor.detach().cpu().contiguous().numpy()
-            if array.dtype != "float32" or array.shape != shape:
-                raise ValueError(f"{name} is {array.dtype} {array.shape} and not float32 {shape}")
-            yield array.astype("<f4", copy=False).reshape(-1).view("uint8").data
+            if tensor.dtype != dtype or tensor.shape != shape:
+                found = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+                raise ValueError(f"{name} is {found} and not {str(dtype).removeprefix('torch.')} {shape}")
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
     return write_blocks(path, blocks())

@@ -8,14 +8,11 @@ bytes, and finds a flipped bit.
 
 import logging
 import math
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.sharding import TensorLayout
@@ -27,10 +24,10 @@ from pretrain.checkpoint.format import (
     Manifest,
     ShardRecord,
     decode_manifest,
-    file_checksum,
     fragment_name,
     step_name,
 )
+from pretrain.disk import file_checksum, open_tensors, plain_file_bytes, read_limited
 from pretrain.errors import CheckpointError
 from pretrain.tokenizer.base import FILE_NAMES, main_file
 
@@ -38,46 +35,6 @@ _log = logging.getLogger(__name__)
 
 ASIDE_PATTERN = re.compile(r"\.replaced_(step_[0-9]{9,12})")
 """A checkpoint that was moved aside for a new one of the same step; it counts while there is no new one."""
-
-
-def plain_file_bytes(path: Path) -> int:
-    """Size of a regular file; links are refused, as they may lead out of the folder."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file (links are not followed)")
-    return status.st_size
-
-
-def read_limited(path: Path, limit_bytes: int) -> bytes:
-    """The bytes of a regular file that is no larger than such a file can be."""
-    size = plain_file_bytes(path)
-    if size > limit_bytes:
-        raise CheckpointError(f"{path} has {size} bytes, and {limit_bytes} is the most such a file can have")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def open_tensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """A handle of a safetensors file, and the shapes of its tensors, all fp32; only the header is read."""
-    plain_file_bytes(path)
-    try:
-        handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    shapes = {}
-    for name in handle.keys():  # noqa: SIM118 (it is no dictionary)
-        header = handle.get_slice(name)
-        if header.get_dtype() != "F32":
-            raise CheckpointError(f"{path} holds {name!r} as {header.get_dtype()} and not as F32")
-        shapes[name] = tuple(header.get_shape())
-    return handle, shapes
 
 
 def read_manifest(folder: Path) -> Manifest:

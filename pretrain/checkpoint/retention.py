@@ -10,11 +10,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.checkpoint.format import LATEST_NAME
 from pretrain.checkpoint.reader import ASIDE_PATTERN, read_manifest, step_folders
 from pretrain.errors import CheckpointError
 from pretrain.resilience.watchdog import reach
 
-LEFTOVER_PATTERN = re.compile(r"\.(staging|removed)_step_[0-9]{9,12}")
+LEFTOVER_PATTERN = re.compile(rf"\.(staging|removed)_step_[0-9]{{9,12}}|\.{LATEST_NAME}\.[0-9]+")
 FEWEST = 2
 """A single one could turn out damaged."""
 

@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from torch import Tensor
 
 from model.sharding import TensorLayout
 from pretrain.checkpoint.format import (
-    CHUNK_BYTES,
     FILE_PATTERN,
     FORMAT_VERSION,
     FP32_BYTES,
@@ -51,15 +51,13 @@ from pretrain.checkpoint.format import (
     encode_manifest,
     first_validation_error,
     fragment_name,
-    replace_file,
     shard_name,
     step_name,
-    sync_folder,
-    write_blocks,
     write_tensors,
 )
 from pretrain.checkpoint.reader import read_manifest
 from pretrain.checkpoint.retention import FEWEST, Retention, clear_leftovers, discard, prune, remove
+from pretrain.disk import CHUNK_BYTES, commit_folder, replace_bytes, write_blocks
 from pretrain.errors import CheckpointError
 from pretrain.resilience.watchdog import reach
 
@@ -179,12 +177,12 @@ class CheckpointWrite:
                     write_blocks(content.staging / MANIFEST_NAME, [_manifest(content, written, extra)])
                     read_manifest(content.staging)  # what the reader would refuse is not committed
                     reach("save.manifest", self.content.step)
-                    _commit(content.staging, content.target)
+                    commit_folder(content.staging, content.target, _aside(content.target), partial(reach, "save.aside"))
         self.committed = True
         with _vote(f"the checkpoint of step {content.step} is saved, but what follows failed", content.root):
             if first:
                 reach("save.renamed", self.content.step)
-                replace_file(content.root / LATEST_NAME, f"{content.target.name}\n".encode())
+                replace_bytes(content.root / LATEST_NAME, f"{content.target.name}\n".encode())
                 reach("save.pointer", self.content.step)
                 if os.path.lexists(_aside(content.target)):
                     discard(_aside(content.target))
@@ -364,20 +362,3 @@ def _copy(source: Path, target: Path) -> FileRecord:
 def _aside(target: Path) -> Path:
     """Where a checkpoint waits while a new one of the same step takes its place."""
     return target.with_name(f".replaced_{target.name}")
-
-
-def _commit(staging: Path, target: Path) -> None:
-    """Gives the staging folder its name; an older checkpoint of the same step is moved aside until that is done."""
-    sync_folder(staging)
-    aside = _aside(target)
-    replaced = os.path.lexists(target)
-    if replaced:
-        os.rename(target, aside)
-        reach("save.aside")
-    try:
-        os.rename(staging, target)
-    except OSError:
-        if replaced:
-            os.rename(aside, target)
-        raise
-    sync_folder(target.parent)

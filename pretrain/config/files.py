@@ -6,8 +6,6 @@ business.
 
 import difflib
 import importlib.resources
-import json
-import math
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pretrain.disk import decode_json
 from pretrain.errors import ConfigError
 
 MAXIMUM_BYTES = 256 * 1024
@@ -185,23 +184,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, without duplicate keys and numbers that are not finite."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{path} has key {key!r} twice: remove one")
-        return dict(pairs)
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise ConfigError(f"{path} has the number {number}, which is not finite: correct it")
-        return float(number)
-
     try:
-        content = json.loads(read_text(path), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__} where a JSON object is expected")
-    return content
+        return decode_json(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be used, {error}: correct it") from error

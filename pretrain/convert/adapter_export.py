@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.huggingface.adapter import adapter_config, adapter_tensors, base_weight
 from model.huggingface.dense import parameter_shapes
-from pretrain.checkpoint.format import write_blocks, write_tensors
+from pretrain.checkpoint.format import write_tensors
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.convert.huggingface_export import write_huggingface_folder
 from pretrain.convert.logit_comparison import (
@@ -29,6 +29,7 @@ from pretrain.convert.logit_comparison import (
     transformers_logits,
 )
 from pretrain.convert.source import frozen_base
+from pretrain.disk import write_blocks
 from pretrain.errors import CheckpointError
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"

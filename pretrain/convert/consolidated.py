@@ -24,16 +24,9 @@ from torch import Tensor
 
 from model.config import ModelConfig, factored_projections
 from model.costs.arithmetic import total_parameters
-from pretrain.checkpoint.format import (
-    CHUNK_BYTES,
-    FP32_BYTES,
-    decode_json,
-    first_validation_error,
-    write_blocks,
-    write_tensors,
-)
-from pretrain.checkpoint.reader import CheckpointReader, open_tensors, plain_file_bytes, read_limited
-from pretrain.disk import new_folder
+from pretrain.checkpoint.format import FP32_BYTES, first_validation_error, write_tensors
+from pretrain.checkpoint.reader import CheckpointReader
+from pretrain.disk import CHUNK_BYTES, new_folder, open_tensors, plain_file_bytes, read_json, write_blocks
 from pretrain.errors import CheckpointError
 from pretrain.tokenizer.base import FILE_NAMES, MODEL_NAME, main_file
 
@@ -226,9 +219,7 @@ def weight_files(folder: Path, pattern: re.Pattern[str]) -> dict[str, set[str] |
         return {WEIGHTS_NAME: None}
     try:
         # A model cache of Hugging Face keeps links.
-        index = Index.model_validate(decode_json(read_limited(path.resolve(), FACTS_LIMIT_BYTES)))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+        index = Index.model_validate(read_json(path.resolve(), FACTS_LIMIT_BYTES))
     except ValidationError as error:
         raise CheckpointError(f"{path} is wrong at {first_validation_error(error)}") from error
     files: dict[str, set[str] | None] = {}
@@ -247,8 +238,8 @@ class ConsolidatedModel:
         path = self.folder / FACTS_NAME
         if not path.exists():
             raise CheckpointError(f"{self.folder} is no consolidated model: it has no {FACTS_NAME}")
+        self.facts = read_json(path, FACTS_LIMIT_BYTES)
         try:
-            self.facts = decode_json(read_limited(path, FACTS_LIMIT_BYTES))
             if self.facts.get("format_version") != FORMAT_VERSION:
                 raise CheckpointError(
                     f"its format_version is {self.facts.get('format_version')!r} and this version of Espalier reads "

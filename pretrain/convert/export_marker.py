@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.format import decode_json
-from pretrain.checkpoint.reader import read_limited
 from pretrain.convert.consolidated import FACTS_LIMIT_BYTES, FACTS_NAME
+from pretrain.disk import read_json
 from pretrain.errors import CheckpointError
 
 DENSE_EXPORT, ADAPTER_EXPORT = "dense_export", "adapter_export"
@@ -23,11 +22,7 @@ def read_marker(folder: Path, kind: str) -> dict[str, Any] | None:
     path = folder / FACTS_NAME
     if not path.is_file():
         return None
-    data = read_limited(path, FACTS_LIMIT_BYTES)
-    try:
-        facts = decode_json(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    facts = read_json(path, FACTS_LIMIT_BYTES)
     files = facts.get("files")
     known = isinstance(files, list) and all(isinstance(file, str) for file in files)
     return facts if known and facts.get("kind") == kind else None

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from model.huggingface.config import huggingface_config
 from model.huggingface.tensors import huggingface_shapes, huggingface_tensors
-from pretrain.checkpoint.format import write_blocks
+from pretrain.checkpoint.format import write_tensors
 from pretrain.convert.consolidated import INDEX_NAME, ConsolidatedModel, plan_files
 from pretrain.convert.logit_comparison import (
     TOLERANCES,
@@ -28,9 +28,8 @@ from pretrain.convert.logit_comparison import (
     transformers_logits,
 )
 from pretrain.convert.source import DenseSource, dense_source
+from pretrain.disk import write_blocks
 from pretrain.errors import CheckpointError
-
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def dense_bytes(consolidated: ConsolidatedModel, dtype: torch.dtype) -> int:
@@ -64,8 +63,9 @@ def write_weights(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_
     files = plan_files(sizes, max_shard_bytes)
     tensors = huggingface_tensors(source.config, {}, source.read)
     for file, names in files.items():
-        header = _header({name: shapes[name] for name in names}, dtype)
-        write_blocks(folder / file, _blocks(header, names, tensors, dtype))
+        wanted = {name: shapes[name] for name in names}
+        # `format` tells transformers that no tensor needs transposing.
+        write_tensors(folder / file, wanted, _rounded(names, tensors, dtype), dtype, {"format": "pt"})
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
@@ -93,28 +93,13 @@ def compare_with_export(consolidated: ConsolidatedModel, folder: Path, *, dtype:
     return comparison
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The head of a safetensors file; `format` tells transformers that no tensor needs transposing."""
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        content[name] = {"dtype": _SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _blocks(
-    header: bytes, names: list[str], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterator[bytes | memoryview]:
-    """The bytes of one file; takes its tensors off `tensors`, which has them in the same order."""
-    yield header
+def _rounded(names: list[str], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensors of one file, taken off `tensors`, which has them in the same order."""
     for name in names:
         found, tensor = next(tensors)
         if found != name:
             raise ValueError(f"{found} came where {name} belongs")
-        rounded = tensor.to(dtype).contiguous()
+        rounded = tensor.to(dtype)
         if not rounded.isfinite().all():
             if tensor.isfinite().all():
                 raise CheckpointError(
@@ -122,7 +107,7 @@ def _blocks(
                     f"{torch.finfo(dtype).max:.3g}: use --dtype bfloat16 or float32"
                 )
             raise CheckpointError(f"{name} holds NaN or an infinity: export an earlier checkpoint")
-        yield rounded.flatten().view(torch.uint8).numpy().data
+        yield rounded
 
 
 def _type_name(dtype: torch.dtype) -> str:

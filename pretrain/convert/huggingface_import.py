@@ -23,8 +23,6 @@ from model.huggingface.tensors import (
     huggingface_shapes,
     tensor_from_theirs,
 )
-from pretrain.checkpoint.format import decode_json
-from pretrain.checkpoint.reader import read_limited
 from pretrain.convert.consolidated import (
     FACTS_LIMIT_BYTES,
     FACTS_NAME,
@@ -35,8 +33,10 @@ from pretrain.convert.consolidated import (
 )
 from pretrain.convert.logit_comparison import load_transformers, training_logits, transformers_logits
 from pretrain.convert.source import DenseSource, dense_source
+from pretrain.disk import read_json
 from pretrain.errors import CheckpointError
-from pretrain.tokenizer.base import JSON_NAME, MODEL_NAME, Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import JSON_NAME, MODEL_NAME, Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from pretrain.tokenizer.sentencepiece import is_exact
 
 SETTINGS_NAME, ADAPTER_NAME = "config.json", "adapter_config.json"
@@ -77,10 +77,7 @@ def huggingface_settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """The content of `config.json` and the dense model it describes; `CheckpointError` if that is no model of ours, or
     if it leads transformers to anything but its own code and the folder's safetensors weights."""
     path = folder / SETTINGS_NAME
-    try:
-        settings = decode_json(read_limited(path.resolve(), FACTS_LIMIT_BYTES))  # as a link in a cache
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    settings = read_json(path.resolve(), FACTS_LIMIT_BYTES)  # as a link in a cache
     if os.path.lexists(folder / ADAPTER_NAME):
         raise CheckpointError(
             f"{folder} holds an adapter beside its model ({ADAPTER_NAME}), which transformers would add: merge it into "

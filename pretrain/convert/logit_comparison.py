@@ -5,6 +5,11 @@
 with the mean over the vocabulary, since only differences between logits matter. Both run in fp32 arithmetic, whatever
 type is stored, one after the other. Weights of a Hugging Face folder stay on disk until a module needs them: the dense
 form of a model need not fit into memory.
+
+The training model comes out of a consolidated folder, also for tools that run it without a launcher:
+
+    with single_process():
+        model = load_model(ConsolidatedModel(folder)).eval()
 """
 
 from dataclasses import dataclass
@@ -18,10 +23,9 @@ from transformers import AutoModelForCausalLM
 from model.gpt import EspalierModel, build_model
 from model.process_groups import device, single_process
 from pretrain.convert.consolidated import ConsolidatedModel
-from pretrain.convert.consolidated_model import load_model
 from pretrain.convert.source import DenseSource
 from pretrain.errors import CheckpointError
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.01}
 """Largest difference of a logit, in units of the logits' scale: some four times and more of what random models of 2 to
@@ -143,3 +147,26 @@ def load_transformers(folder: Path, *, foreign: bool = False, in_memory: bool = 
 def transformers_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     """`(sequences, length, vocabulary)`, computed on the CPU: there weights come from disk."""
     return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()
+
+
+@torch.no_grad()
+def load_model(consolidated: ConsolidatedModel) -> EspalierModel:
+    """The whole model in fp32 on this process; process groups of one process must be there (`single_process`).
+
+    Raises `CheckpointError` when the folder's tensors are not exactly those of its own settings.
+    """
+    model = build_model(consolidated.config, consolidated.ranks, seed=0)
+    parameters = dict(model.named_parameters())
+    odd = sorted(parameters.keys() ^ set(consolidated.names))
+    if odd:
+        verb = "lacks" if odd[0] in parameters else "holds a superfluous"
+        raise CheckpointError(f"the consolidated model {verb} {odd[0]} ({len(odd)} such names): consolidate it again")
+    for name, parameter in parameters.items():
+        tensor = consolidated.read(name)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{name} is {tuple(tensor.shape)} in the consolidated model and its settings ask for "
+                f"{tuple(parameter.shape)}: consolidate it again"
+            )
+        parameter.copy_(tensor)
+    return model.to(device())

@@ -8,7 +8,8 @@ from model.config import ModelConfig
 from model.huggingface.dense import TensorReader, dense_tensor
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ run, not from the number of processes. With `data.within_documents` positions be
 stays inside it (`pretrain/data/document_mask.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,16 @@ import xxhash
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.costs.arithmetic import packs_documents
+from model.process_groups import device
 from pretrain.config.data import DataConfig
-from pretrain.data.document_mask import WithinDocuments, document_bounds
+from pretrain.config.run import RunConfig
+from pretrain.data.document_mask import NUMBER_TYPES, WithinDocuments, document_bounds, outside_mask
 from pretrain.data.index_cache import build_in_order
 from pretrain.data.index_check import CorpusFacts, check_index
 from pretrain.errors import DataError
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 
 Result = TypeVar("Result")
 ONLY_VALIDATION = "0,100,0"
@@ -178,6 +182,18 @@ def batch_at(dataset: Any, first_sample: int, micro_batch: int) -> dict[str, Ten
     if "document_starts" in samples[0]:
         batch["document_bounds"] = document_bounds(torch.stack([sample["document_starts"] for sample in samples]))
     return batch
+
+
+def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device; in place of a
+    mask the bounds of documents, where a GPU can do with them."""
+    tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
+    if not config.data.within_documents:
+        return tokens, positions, None
+    kind = NUMBER_TYPES[config.train.precision]
+    if device().type == "cuda" and packs_documents(config.model, kind.itemsize):
+        return tokens, positions, batch["document_bounds"].to(device())
+    return tokens, positions, outside_mask(positions, kind, causal=not config.model.bidirectional)
 
 
 def micro_batch_start(consumed_samples: int, micro_step: int, micro_batch: int, data_index: int, data_size: int) -> int:

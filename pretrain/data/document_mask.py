@@ -8,15 +8,10 @@ asked for a new document. A sample that begins inside a document takes its rest 
     positions    0  1    0    1  2  3    0    1
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from model.costs.arithmetic import packs_documents
-from model.process_groups import device
-from pretrain.config.run import RunConfig
 
 NUMBER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,18 +45,6 @@ def document_bounds(starts: Tensor) -> Tensor:
     `starts (batch, seq)`, true where one begins. On the host, for a device would have to be waited for: their number
     varies."""
     return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])]).int()
-
-
-def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device; in place of a
-    mask the bounds of documents, where a GPU can do with them."""
-    tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
-    if not config.data.within_documents:
-        return tokens, positions, None
-    kind = NUMBER_TYPES[config.train.precision]
-    if device().type == "cuda" and packs_documents(config.model, kind.itemsize):
-        return tokens, positions, batch["document_bounds"].to(device())
-    return tokens, positions, outside_mask(positions, kind, causal=not config.model.bidirectional)
 
 
 def outside_mask(positions: Tensor, kind: torch.dtype, *, causal: bool) -> Tensor:

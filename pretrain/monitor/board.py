@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
@@ -82,6 +84,15 @@ class Board:
     def close(self) -> None:
         for writer in (self._main, self._by_gflops, self._by_seconds):
             writer.close()
+
+
+def memory_scalars() -> dict[str, float]:
+    """Bytes this process holds now, on the host and on its device, by TensorBoard tag."""
+    scalars: dict[str, float] = {"memory/resident_bytes": psutil.Process().memory_info().rss}
+    if torch.cuda.is_available():
+        scalars["memory/device_allocated_bytes"] = torch.cuda.memory_allocated()
+        scalars["memory/device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return scalars
 
 
 def _writer(folder: Path, reached: int) -> SummaryWriter:

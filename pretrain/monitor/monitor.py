@@ -21,11 +21,11 @@ from numpy.typing import ArrayLike
 from model.config import factored_projections, projections
 from model.costs.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from pretrain.config.run import RunConfig
-from pretrain.devices import memory_scalars, peak_flops
+from pretrain.devices import peak_flops
+from pretrain.disk import JsonLines, json_text, replace_text
 from pretrain.monitor import figures
-from pretrain.monitor.board import Board
+from pretrain.monitor.board import Board, memory_scalars
 from pretrain.monitor.console import Console
-from pretrain.monitor.run_folder import JsonLines, json_text, replace_text
 from pretrain.monitor.spectrum_report import (
     Measurement,
     effective_ranks_of_updates,

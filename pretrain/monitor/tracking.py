@@ -36,7 +36,7 @@ from model.process_groups import data_group, data_size
 from model.spectrum import gram_singular_values, matrix_singular_values, update_grams
 from pretrain.checkpoint.format import Fragment
 from pretrain.config.run import RunConfig
-from pretrain.data.document_mask import model_inputs
+from pretrain.data.corpus import model_inputs
 from pretrain.engine.build import evaluating
 from pretrain.engine.optimizer_state import gather, optimizer_state
 from pretrain.engine.zero3 import shape_of

@@ -5,17 +5,20 @@ keep the lock of a node that crashed for its lease, a minute or two. The file sa
 """
 
 import contextlib
-import fcntl
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from pretrain.distributed import is_first_process, together
 from pretrain.errors import ConfigError
 
 LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -30,33 +33,34 @@ def locked(folder: Path) -> Iterator[None]:
                 if [path.name for path in folder.iterdir()] == [LOCK_FILE]:  # the run could not begin
                     (folder / LOCK_FILE).unlink()
                     folder.rmdir()
-            os.close(lock)
+            lock.release()
 
 
-def _take(folder: Path) -> int:
-    """The descriptor that holds the lock."""
-    path = folder / LOCK_FILE
+def _take(folder: Path) -> FileLock:
+    """The lock, which is held."""
+    # A file system without flock is refused: a lock that is a mere file would stay behind a killed run.
+    lock = FileLock(folder / LOCK_FILE, blocking=False, fallback_to_soft=False, on_acquired=_write_holder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise ConfigError(
-            f"run.folder {folder} cannot be written ({error.strerror}): set run.folder to another place"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 200).decode(errors="replace").strip()
-        os.close(lock)
+        lock.acquire()
+    except Timeout:
+        holder = (folder / LOCK_FILE).read_bytes()[:200].decode(errors="replace").strip()
         raise ConfigError(
             f"run.folder {folder} is in use by {holder}: end that run, or set run.folder to another folder"
         ) from None
     except OSError as error:
-        os.close(lock)
+        if error.errno in _NO_LOCKS:
+            raise ConfigError(
+                f"run.folder {folder} cannot be locked ({error.strerror}): set run.folder to a file system that has "
+                "flock"
+            ) from error
         raise ConfigError(
-            f"run.folder {folder} cannot be locked ({error.strerror}): set run.folder to a file system that has flock"
+            f"run.folder {folder} cannot be written ({error.strerror}): set run.folder to another place"
         ) from error
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
+
+
+def _write_holder(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: what every kind of it can do, and how one is opened.
+"""The tokenizer of a run: what every kind of it can do.
 
 Two kinds: a sentencepiece model of `tools/train_tokenizer.py` (`pretrain/tokenizer/sentencepiece.py`), whose text comes
 back exactly, and a Hugging Face `tokenizer.json` (`pretrain/tokenizer/huggingface.py`), such as published models have.
@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-
-from pretrain.errors import DataError
 
 MODEL_NAME = "tokenizer.model"
 """A sentencepiece model."""
@@ -83,21 +81,6 @@ class Tokenizer(ABC):
     def unique_identifiers(self) -> dict[str, str]:
         """What tells this tokenizer from others in megatron-core's description of a dataset."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint}
-
-
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a sentencepiece model file, a tokenizer.json, or a folder that holds one of them; DataError
-    where there is none or one that cannot be used."""
-    from pretrain.tokenizer.huggingface import HuggingFaceTokenizer
-    from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer
-
-    path = Path(path)
-    if path.is_dir():
-        name = main_file({file.name for file in path.iterdir()})
-        if name is None:
-            raise DataError(f"{path} holds neither {MODEL_NAME} nor {JSON_NAME}: set data.tokenizer to a tokenizer")
-        path = path / name
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
 def main_file(names: Collection[str]) -> str | None:

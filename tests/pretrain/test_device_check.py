@@ -11,7 +11,7 @@ from pretrain.config.run import parse_config
 from pretrain.device_check import check_device, refused_meeting
 from pretrain.distributed import joined_processes
 from pretrain.errors import ConfigError, HangError
-from pretrain.planning.memory_check import check_memory
+from pretrain.planning.fitting import check_memory
 
 
 class Machine:

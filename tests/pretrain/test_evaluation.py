@@ -13,7 +13,7 @@ from pretrain.convert.consolidated import ConsolidatedModel, write_consolidated
 from pretrain.convert.huggingface_export import write_dense_export
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.evaluation import Evaluation, evaluate, find_model, windows
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.consolidated_folder import random_consolidated, small_tokenizer
 from tests.support.distributed import run
 from tests.support.training_runs import make_corpus, train_in_workers, write_config

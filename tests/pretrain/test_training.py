@@ -18,6 +18,7 @@ from model.config import factored_projections
 from pretrain.checkpoint.format import KEYS
 from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
 from pretrain.config.run import load_config
+from pretrain.distributed import free_port
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, NumericalError
 from tests.support.distributed import run
 from tests.support.training_runs import (
@@ -388,19 +389,11 @@ def test_another_layout_takes_over(corpus: Path, tmp_path: Path, first: list[str
 
 def _launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
     environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(ROOT)}
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(_free_port())]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     command += [str(ROOT / "pretrain" / "train.py"), "--config", str(config), "parallel.tensor=2", *overrides]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:

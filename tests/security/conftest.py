@@ -14,7 +14,7 @@ from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.convert.consolidated import ConsolidatedModel, write_consolidated
 from pretrain.convert.export_marker import DENSE_EXPORT, FACTS_NAME, files_below
 from pretrain.convert.huggingface_export import write_dense_export
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.checkpoint_cases import edit_manifest, save_model
 from tests.support.consolidated_folder import small_tokenizer
 from tests.support.huggingface_files import END, byte_level

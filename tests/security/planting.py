@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 import pytest
 
-from pretrain.checkpoint.format import MANIFEST_NAME, file_checksum
+from pretrain.checkpoint.format import MANIFEST_NAME
+from pretrain.disk import file_checksum
 from pretrain.errors import EspalierError
 from tests.support.checkpoint_cases import edit_manifest
 

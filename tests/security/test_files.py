@@ -25,11 +25,11 @@ from pretrain.convert.export_marker import DENSE_EXPORT, check_output
 from pretrain.convert.huggingface_import import open_source, source_logits
 from pretrain.convert.source import dense_source
 from pretrain.data.index_check import check_index
+from pretrain.disk import JsonLines
 from pretrain.engine.deepspeed_config import deepspeed_dict
 from pretrain.errors import EspalierError
 from pretrain.growth.initial_values import check_start
-from pretrain.monitor.run_folder import JsonLines
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.security.payloads import PICKLES, torch_file, yaml_texts
 from tests.security.planting import STEP, command, plant, refusal
 from tests.support.checkpoint_cases import edit_manifest

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.format import MANIFEST_NAME, file_checksum
+from pretrain.checkpoint.format import MANIFEST_NAME
 from pretrain.checkpoint.reader import CheckpointReader, locate_checkpoint
 from pretrain.config.run import load_config
 from pretrain.convert.consolidated import ConsolidatedModel, facts_of
 from pretrain.convert.huggingface_import import open_source
 from pretrain.data.index_check import HEADER, MAGIC, scan_index
+from pretrain.disk import file_checksum
 from pretrain.errors import EspalierError
 from tests.pretrain.convert.test_consolidated import edit_json
 from tests.security.planting import STEP, refusal

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig, factored_projections
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from pretrain.tokenizer.sentencepiece import END_OF_DOCUMENT
 from tests.support.reference import random_tensors
 

@@ -17,7 +17,7 @@ from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.convert.huggingface_export import compare_with_export, write_dense_export
 from pretrain.convert.logit_comparison import TOLERANCES, comparison_tokens
 from pretrain.errors import CheckpointError, run_command
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.consolidated_folder import FAMILIES, PARAMETRIZATIONS, TEXT, random_consolidated, small_tokenizer
 from tests.support.reference import reference_logits
 from tools import densify_checkpoint

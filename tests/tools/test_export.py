@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.distributed import run
 from tests.support.training_runs import make_corpus, probe_tokens, train_and_probe, write_config
 from tools import consolidate_checkpoint, densify_checkpoint

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pretrain.convert.adapter_export import write_adapter_export
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError, run_command
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.consolidated_folder import FAMILIES, TEXT, random_consolidated, small_tokenizer
 from tests.support.reference import reference_logits
 from tools import densify_checkpoint, export_adapter

@@ -20,7 +20,7 @@ from pretrain.config.run import load_config
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.convert.huggingface_import import open_source
 from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierError, run_command
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.consolidated_folder import FAMILIES, random_consolidated, small_tokenizer
 from tests.support.reference import reference_logits
 from tools import densify_checkpoint, import_huggingface

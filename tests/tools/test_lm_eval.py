@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.process_groups import initialize_process_groups
 from pretrain.evaluation import evaluate, find_model
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.distributed import run
 from tests.support.training_runs import make_corpus, train_in_workers, write_config
 from tools import consolidate_checkpoint, densify_checkpoint

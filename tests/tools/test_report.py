@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain.disk import JsonLines
 from pretrain.errors import ConfigError
 from pretrain.monitor.monitor import Monitor, Validation
-from pretrain.monitor.run_folder import JsonLines, write_run_record
+from pretrain.monitor.run_folder import write_run_record
 from tests.pretrain.monitor.test_monitor import CONFIG, FIRST, RANKS, metrics
 from tools import report
 from tools.documentation import screenshots

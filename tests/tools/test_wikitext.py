@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.data.index_check import check_index
 from pretrain.errors import DataError
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.huggingface_files import byte_level
 from tools import corpus_statistics, wikitext
 from tools.corpus.documents import read_documents

@@ -33,8 +33,8 @@ import torch
 from model.costs.arithmetic import linear_parameters
 from pretrain.config.files import merge, read_json, read_settings
 from pretrain.config.run import RunConfig, parse_config
+from pretrain.disk import json_text, replace_text
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.monitor.run_folder import json_text, replace_text
 from tools.benchmarks.adaptation_report import facts_of_benchmark, write_page, write_picture
 from tools.benchmarks.used_rank import train
 from tools.corpus.documents import find_files, read_documents

@@ -10,9 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from pretrain.disk import replace_text
 from pretrain.errors import ConfigError
-from pretrain.monitor.run_folder import git_revision, installed_versions, replace_text
-from tools.experiments.race_results import hardware
+from pretrain.provenance import git_revision, hardware, installed_versions
 
 BEGIN, END = "<!-- figures: written by tools/benchmarks/adaptation.py -->", "<!-- end of figures -->"
 _STYLES = {

@@ -26,15 +26,15 @@ import torch.distributed as dist
 
 from model.process_groups import initialize_process_groups
 from pretrain.device_settings import start_kernels_in_order
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import is_first_process, joined_processes
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
+from pretrain.provenance import git_revision, hardware, installed_versions
 from tools.arguments import output_file, positive
 from tools.benchmarks.augmentation_events import RUN_STEPS, events
 from tools.benchmarks.augmentation_memory import memory
 from tools.benchmarks.augmentation_spectra import spectra
 from tools.benchmarks.resident_bytes import freed_memory_returned
-from tools.experiments.race_results import hardware
 
 SECTIONS = ("spectra", "events", "memory")
 

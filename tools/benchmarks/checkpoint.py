@@ -25,14 +25,14 @@ from model.sharding import TensorLayout
 from pretrain.checkpoint.format import FP32_BYTES, KEYS
 from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
 from pretrain.config.run import RunConfig, load_config
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import joined_processes
 from pretrain.engine.build import tear_down
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
+from pretrain.provenance import git_revision, hardware, installed_versions
 from pretrain.train import run_training
 from tools.arguments import output_file
 from tools.benchmarks.resident_bytes import PeakBytes, freed_memory_returned, process_bytes
-from tools.experiments.race_results import hardware
 
 TENSOR_SIZES = (1, 2, 4)
 MODES = {"foreground": False, "background": True}

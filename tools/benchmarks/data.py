@@ -24,10 +24,11 @@ from model.process_groups import initialize_process_groups
 from pretrain.config.data import DataConfig
 from pretrain.config.run import RunConfig
 from pretrain.data.corpus import batch_at, open_corpus
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import joined_processes
 from pretrain.errors import run_command
-from pretrain.monitor.run_folder import json_text, replace_text
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import output_file, positive
 from tools.benchmarks.step_contestants import FACTORED, build_contestant, contestant_config
 from tools.benchmarks.step_report import machine, machine_lines, spread, synchronize

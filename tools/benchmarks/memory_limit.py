@@ -31,11 +31,11 @@ from model.costs.arithmetic import total_parameters
 from pretrain.checkpoint.format import FP32_BYTES
 from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
 from pretrain.config.run import load_config
+from pretrain.disk import json_text, replace_text
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.provenance import git_revision, hardware, installed_versions
+from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import output_file, parse_bytes
-from tools.experiments.race_results import hardware
 
 _SAMPLE_SECONDS = 0.005
 _STEPS, _EVERY = 4, 2

@@ -27,9 +27,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import free_port
 from pretrain.errors import ConfigError, EspalierError
-from pretrain.monitor.run_folder import json_text, replace_text
 
 LINK_PORT = 29500
 """Port of process 0 in a namespace, where no other program runs."""

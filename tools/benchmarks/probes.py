@@ -18,13 +18,13 @@ from typing import Any
 from model.config import factored_projections
 from pretrain.config.files import merge
 from pretrain.config.run import RunConfig, load_config, parse_config
+from pretrain.disk import JsonLines, json_text, replace_text
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import JsonLines, git_revision, installed_versions, json_text, replace_text
 from pretrain.policies import RankConfig, check_due, with_default_pace
 from pretrain.policies.gradient import PROBED_STEPS
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.provenance import git_revision, hardware, installed_versions
+from pretrain.tokenizer.load import open_tokenizer
 from tools.benchmarks.used_rank import train
-from tools.experiments.race_results import hardware
 
 CHECK_EVERY = 8
 """Steps between two decisions of the benchmark."""

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import free_port
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
+from pretrain.provenance import git_revision, hardware, installed_versions
 from pretrain.resilience.fault_injection import VARIABLE
 from tools.arguments import output_file
-from tools.experiments.race_results import hardware
 
 PROCESSES = 2
 SETTINGS = (

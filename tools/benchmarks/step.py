@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from model.process_groups import initialize_process_groups
+from pretrain.disk import json_text, replace_text
 from pretrain.distributed import check_precision, joined_processes
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import json_text, replace_text
 from tools.arguments import output_file, positive
 from tools.benchmarks.step_contestants import DENSE, FACTORED, NAMES, Contestant, build_contestant, contestant_config
 from tools.benchmarks.step_gemms import rank_rows, time_gemms

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from pretrain.devices import peak_flops
-from pretrain.monitor.run_folder import git_revision, installed_versions
-from tools.experiments.race_results import hardware
+from pretrain.provenance import git_revision, hardware, installed_versions
 
 CPU_SHARE_TARGET = 0.85
 GPU_TIME_TARGETS = {"gpt2": 0.65, "llama": 0.52}

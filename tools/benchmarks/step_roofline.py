@@ -31,11 +31,12 @@ import torch
 from model.config import Recompute
 from model.gpt import build_model
 from pretrain.config.run import RunConfig
+from pretrain.disk import json_text, replace_text
 from pretrain.engine.build import build_engine, tear_down
 from pretrain.engine.deepspeed_config import deepspeed_dict
 from pretrain.engine.gradient_scan import squared_norm, tell_squared_norm
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
+from pretrain.provenance import git_revision, installed_versions
 from tools.arguments import output_file, positive
 from tools.benchmarks.operator_costs import (
     ATTENTION_SHARE,

@@ -36,14 +36,14 @@ from torch import Tensor
 from model.costs.communication import Collective, StepCollectives, total
 from model.process_groups import device, initialize_process_groups, tensor_size
 from pretrain.device_settings import start_kernels_in_order
+from pretrain.disk import json_text, replace_text
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import git_revision, installed_versions, json_text, replace_text
+from pretrain.provenance import git_revision, hardware, installed_versions
 from tools.arguments import output_file, positive
 from tools.benchmarks.collective_counter import CollectiveCounter
 from tools.benchmarks.network_namespaces import launch, transmitted_bytes
 from tools.benchmarks.tensor_parallel_contestants import DTYPES, Contestant, build_contestants
 from tools.console import table_lines
-from tools.experiments.race_results import hardware
 
 RAW_NUMBERS = 4 * 2**20
 """Numbers in the all-reduce that shows what the network gives: 16 MiB."""

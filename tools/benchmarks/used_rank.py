@@ -26,18 +26,12 @@ from typing import Any
 import yaml
 
 from pretrain.config.run import RunConfig, load_config, parse_config
+from pretrain.disk import JsonLines, json_text, replace_text
 from pretrain.errors import ConfigError, EspalierError, run_command
-from pretrain.monitor.run_folder import (
-    CONFIG_FILE,
-    JsonLines,
-    git_revision,
-    installed_versions,
-    json_text,
-    replace_text,
-)
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.monitor.run_folder import CONFIG_FILE
+from pretrain.provenance import git_revision, hardware, installed_versions
+from pretrain.tokenizer.load import open_tokenizer
 from tools.corpus.documents import find_files, read_documents
-from tools.experiments.race_results import hardware
 from tools.preprocess_corpus import preprocess
 from tools.train_tokenizer import train_tokenizer, write_tokenizer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import EspalierError
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 
 BATCHES_AHEAD = 3
 """Batches in work or waiting, for each worker: bounds the memory."""

@@ -10,23 +10,23 @@ is found there is either right or not looked at. Parts are joined in the order o
 who made which part, nor when.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.data.index_check import files_of, scan_index
+from pretrain.disk import commit_files
 from pretrain.errors import DataError
 from tools.corpus.documents import read_documents
 from tools.corpus.encoding import Batch, Encoded
@@ -92,20 +92,17 @@ class PartFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         own = self.path / f"node_{node}_of_{nodes}.lock"
         others = sorted(self.path.glob("node_*.lock")) if nodes == 1 else []
-        locks = []
         try:
-            for path in dict.fromkeys([own, *others]):
-                locks.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
-                try:
-                    fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise DataError(
-                        f"{path} is held by another process that writes this corpus: wait until it has ended"
-                    ) from None
-            yield
+            with ExitStack() as locks:
+                for path in dict.fromkeys([own, *others]):
+                    try:
+                        locks.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
+                    except Timeout:
+                        raise DataError(
+                            f"{path} is held by another process that writes this corpus: wait until it has ended"
+                        ) from None
+                yield
         finally:
-            for lock in locks:
-                os.close(lock)
             self._remove_if_empty()
 
     def complete_parts(self, unit: Unit) -> list[tuple[Path, PartFacts]]:
@@ -185,10 +182,7 @@ class PartFolder:
 
     def _commit(self, staged: Path, prefix: Path, facts: PartFacts) -> None:
         files_of(staged)[2].write_text(facts.model_dump_json() + "\n", encoding="utf-8")
-        for source, target in zip(files_of(staged), files_of(prefix), strict=True):  # the .json comes last
-            flush_to_disk(source)
-            source.replace(target)
-        flush_to_disk(self.path)
+        commit_files(dict(zip(files_of(staged), files_of(prefix), strict=True)))  # the .json comes last
 
     def _remove_if_empty(self) -> None:
         if self.path.is_dir() and all(path.suffix == ".lock" for path in self.path.iterdir()):
@@ -216,15 +210,6 @@ def batches(units: Sequence[tuple[int, Unit, int]], json_keys: Sequence[str]) ->
                 part_characters = 0 if ends_part else part_characters
         stored_before += unit.stored_bytes
         yield Batch(texts, number, read, True, True, stored_before)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def token_type_of(vocabulary: int) -> type[np.uint16] | type[np.int32]:

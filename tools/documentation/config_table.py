@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from pretrain.config.run import RunConfig, load_config
+from pretrain.disk import replace_text
 from pretrain.errors import run_command
-from pretrain.monitor.run_folder import replace_text
 from pretrain.planning.fitting import fits, fitting_setup
 from pretrain.planning.rank_outlook import moments
 from pretrain.planning.step import Assumptions, Machine, StepPlan, plan_step

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain import errors
-from pretrain.monitor.run_folder import replace_text
+from pretrain.disk import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -33,13 +33,12 @@ AREAS = {
     "|model/config",
     "Text, tokenizers, corpora": "pretrain/(data|tokenizer)/.*"
     "|tools/(corpus/.*|corpus_statistics|preprocess_corpus|train_tokenizer|wikitext)",
-    "Start and launch": "launch/.*"
-    "|pretrain/(distributed|device_.*|devices|planning/memory_check|resilience/run_lock|monitor/run_folder)",
+    "Start and launch": "launch/.*|pretrain/(distributed|device_.*|devices|resilience/run_lock|monitor/run_folder)",
     "Training": "pretrain/(train|trainer|resilience/.*|growth/(rank_control|augmentation|probe)|engine/build"
     "|monitor/(tracking|monitor))",
-    "Checkpoints and resume": "pretrain/(checkpoint/.*|resume|growth/(initial_values|stash)|train_state"
+    "Checkpoints and resume": "pretrain/(checkpoint/.*|disk|resume|growth/(initial_values|stash)|train_state"
     "|engine/(replica_check|zero3|optimizer_state))",
-    "Consolidated models, imports, exports": "pretrain/(convert/.*|disk|evaluation)|model/huggingface/.*"
+    "Consolidated models, imports, exports": "pretrain/(convert/.*|evaluation)|model/huggingface/.*"
     "|tools/(consolidate_checkpoint|densify_checkpoint|export_adapter|import_huggingface|inspect_checkpoint"
     "|model_export|generate|evaluate)",
     "Benchmarks, plans, reports": ".*",

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.config.setting_list import editor_schema, sections
+from pretrain.disk import replace_text
 from pretrain.errors import run_command
-from pretrain.monitor.run_folder import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "settings.md"

@@ -19,8 +19,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pretrain.disk import json_text, replace_text
 from pretrain.errors import ConfigError, run_command
-from pretrain.monitor.run_folder import json_text, replace_text
 from tools.console import progress
 from tools.experiments.linear_network import Alignment, LinearTask, Trajectory, learn, learning_order, predicted_steps
 from tools.experiments.transformer_updates import PLACES, OptimizerName, Run, TransformerTask, train, update_numbers

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pretrain.disk import replace_text
 from pretrain.errors import DataError
-from pretrain.monitor.run_folder import replace_text
 from tools.experiments.race_plan import Method, RaceConfig, full_losses, loss_of, tuned_rate, tuning_losses
 from tools.experiments.race_results import COMPRESSED, Results, thinned
 from tools.experiments.race_speed import StepSeconds, seconds_until

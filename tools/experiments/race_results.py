@@ -8,7 +8,6 @@ import fcntl
 import json
 import lzma
 import os
-import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,10 @@ from typing import Any
 from model.config import factored_projections
 from model.costs.arithmetic import linear_parameters, total_parameters, training_flops_per_token
 from pretrain.config.run import RunConfig, load_config
+from pretrain.disk import JsonLines, json_text, replace_bytes
 from pretrain.errors import DataError
-from pretrain.monitor.run_folder import CONFIG_FILE, JsonLines, installed_versions, json_text, replace_bytes
+from pretrain.monitor.run_folder import CONFIG_FILE
+from pretrain.provenance import hardware, installed_versions
 
 FORMAT = 1
 COMPRESSED = ".xz"
@@ -120,11 +121,12 @@ def _thin_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Waits until no other process has `folder` locked; nothing is written for it."""
+def locked(folder: Path, *, wait: bool = True) -> Iterator[int]:
+    """Inside it `folder` is locked for this process, and for those that inherit the descriptor, which a lock of
+    `filelock` does not give away; nothing is written for it. BlockingIOError if another has it and we do not `wait`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -244,15 +246,3 @@ def _commit(config_file: Path) -> str:
         if line.startswith("# git "):
             return line.removeprefix("# git ")
     return "unknown"
-
-
-def hardware() -> dict[str, Any]:
-    """What the run was computed on."""
-    model = platform.processor() or platform.machine()
-    processors = Path("/proc/cpuinfo")
-    if processors.is_file():
-        for line in processors.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {"processor": model, "cores": os.cpu_count(), "threads": int(os.environ.get("OMP_NUM_THREADS", "1"))}

@@ -8,22 +8,22 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pretrain.config.files import merge
+from pretrain.distributed import free_port
 from pretrain.errors import EspalierError, NumericalError
 from tools.experiments.race_plan import RaceConfig, Run, run_config, run_settings
-from tools.experiments.race_results import join_parts, read_part
+from tools.experiments.race_results import join_parts, locked, read_part
 from tools.experiments.race_text import Text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,15 +77,12 @@ class Runner:
     def _claimed(self, folder: Path) -> Iterator[tuple[Path, int]]:
         """The folder, locked for this process and those that inherit the descriptor."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = stack.enter_context(locked(folder, wait=False))
             except BlockingIOError as error:
                 raise Busy(f"another race is at work in {folder}: wait for it, or name another --work") from error
             yield folder, lock
-        finally:
-            os.close(lock)
 
     def _train(self, settings: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
         """The figures of one training, which may have diverged."""
@@ -95,7 +92,7 @@ class Runner:
         file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=1), encoding="utf-8")
         log = folder.with_suffix(".log")
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", "1"]
-        command += ["--master_port", str(_free_port()), "--quiet", str(ROOT / "pretrain" / "train.py")]
+        command += ["--master_port", str(free_port()), "--quiet", str(ROOT / "pretrain" / "train.py")]
         status = self._call([*command, "--config", str(file)], log, lock)
         if status not in (0, NumericalError.exit_code):
             raise EspalierError(f"a run ended with exit code {status}: see {log}")
@@ -192,9 +189,3 @@ def _environment(extensions: Path) -> dict[str, str]:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

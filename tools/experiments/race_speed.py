@@ -20,7 +20,7 @@ import numpy as np
 
 from model.config import ModelConfig, factored_projections
 from pretrain.config.files import merge
-from pretrain.monitor.run_folder import JsonLines
+from pretrain.disk import JsonLines
 from tools.experiments.race_plan import RaceConfig, Run, run_config, run_settings
 from tools.experiments.race_results import Results
 from tools.experiments.race_runs import Runner

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.disk import replace_text
 from pretrain.errors import DataError
-from pretrain.monitor.run_folder import replace_text
 from tools.corpus.documents import find_files, read_documents
 from tools.experiments.race_plan import TextConfig
 from tools.preprocess_corpus import preprocess

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from model.config import factored_projections
-from pretrain.checkpoint.reader import plain_file_bytes
 from pretrain.config.run import RunConfig, load_config
+from pretrain.disk import JsonLines, plain_file_bytes
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.monitor.board import UNMARKED
 from pretrain.monitor.monitor import SPECTRA_FILE
-from pretrain.monitor.run_folder import CONFIG_FILE, JsonLines
-
-UNMARKED = ("validation", "decision", "null", "checkpoint")
-"""Events that a picture of the loss leaves out: they are curves of their own, or too many."""
+from pretrain.monitor.run_folder import CONFIG_FILE
 
 
 @dataclass(frozen=True)

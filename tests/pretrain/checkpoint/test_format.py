@@ -1,6 +1,5 @@
 """Manifests and coverage: what contradicts itself is refused before anything is allocated or written."""
 
-import json
 from typing import Any
 
 import pytest
@@ -15,14 +14,11 @@ from pretrain.checkpoint.format import (
     ParameterRecord,
     ShardRecord,
     check_coverage,
-    decode_json,
     decode_manifest,
     encode_manifest,
-    file_checksum,
-    replace_file,
-    write_blocks,
     write_tensors,
 )
+from pretrain.disk import file_checksum
 from pretrain.errors import CheckpointError
 
 Piece = tuple[int, str, str, int, int]
@@ -114,31 +110,6 @@ def test_every_changed_digit_is_noticed() -> None:
             decode_manifest(bytes(changed))
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "not valid JSON"),
-        ("{", "not valid JSON"),
-        ('{"a": NaN}', "NaN"),
-        ('{"a": -Infinity}', "-Infinity"),
-        ('{"a": 1e999}', "1e999"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' occurs twice"),
-        ("[" * 200_000, "not valid JSON"),
-        ("[1]", "not a JSON object but a list"),
-        ('{"a": ' + "9" * 10_000 + "}", "not valid JSON"),
-    ],
-)
-def test_json_that_is_refused(text: str, words: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        decode_json(text.encode())
-    assert words in str(caught.value)
-
-
-def test_bytes_that_are_no_text() -> None:
-    with pytest.raises(CheckpointError, match="not valid JSON"):
-        decode_json(b"\xff\xfe{}")
-
-
 def test_write_tensors(tmp_path: Any) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(3, 2).T, "é": torch.randn(0), "c": torch.randn(5, requires_grad=True)}
@@ -154,13 +125,3 @@ def test_write_tensors(tmp_path: Any) -> None:
 def test_write_tensors_keeps_its_promise(tmp_path: Any, tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="and not float32"):
         write_tensors(tmp_path / "x.safetensors", {"a": (2,)}, [tensor])
-
-
-def test_files_are_never_overwritten_in_place(tmp_path: Any) -> None:
-    path = tmp_path / "file"
-    write_blocks(path, [b"old"])
-    with pytest.raises(FileExistsError):
-        write_blocks(path, [b"new"])
-    replace_file(path, json.dumps({"new": 1}).encode())
-    assert json.loads(path.read_bytes()) == {"new": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -12,7 +12,7 @@ from model.config import Recompute, factored_projections
 from model.gpt import build_model
 from model.process_groups import initialize_process_groups
 from pretrain.data.document_mask import outside_mask, positions_within
-from pretrain.monitor.run_folder import JsonLines
+from pretrain.disk import JsonLines
 from tests.support.distributed import run
 from tests.support.parallel_model import load_logical, positions_of, small_config, some_tokens
 from tests.support.reference import random_tensors

@@ -20,7 +20,8 @@ from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.data.corpus import batch_at, micro_batch_start, open_corpus
 from pretrain.data.masked_lm import MaskedSamples, corpus_for, mask_token
 from pretrain.errors import CheckpointError, ConfigError, DataError
-from pretrain.tokenizer.base import Tokenizer, open_tokenizer
+from pretrain.tokenizer.base import Tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.distributed import run
 from tests.support.reference import reference_logits
 from tests.support.training_runs import curve, make_corpus, train_in_workers, write_config

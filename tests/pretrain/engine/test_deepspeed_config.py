@@ -178,11 +178,11 @@ def test_conflicts_and_what_cannot_grow_are_refused_by_name(tmp_path, given, wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"train_batch_size": 32, "train_batch_size": 64}', "has key 'train_batch_size' twice"),
+        ('{"train_batch_size": 32, "train_batch_size": 64}', "the key 'train_batch_size' occurs twice"),
         ("{", "is not valid JSON"),
-        ("[]", "where a JSON object is expected"),
-        ('{"fp16": {"loss_scale": NaN}}', "has the number NaN, which is not finite"),
-        ('{"fp16": {"loss_scale": 1e999}}', "has the number 1e999, which is not finite"),
+        ("[]", "is not a JSON object but a list"),
+        ('{"fp16": {"loss_scale": NaN}}', "NaN is not a number"),
+        ('{"fp16": {"loss_scale": 1e999}}', "1e999 is too large for a number"),
     ],
 )
 def test_files_that_are_no_objects_are_refused(tmp_path, text, words):

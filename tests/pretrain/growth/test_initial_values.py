@@ -17,7 +17,7 @@ from pretrain.checkpoint.reader import CheckpointReader, find_checkpoint
 from pretrain.config.run import load_config
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.growth.initial_values import check_start, initial_model
-from pretrain.tokenizer.base import open_tokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.consolidated_folder import write_consolidated
 from tests.support.distributed import run
 from tests.support.parallel_model import gather_logical

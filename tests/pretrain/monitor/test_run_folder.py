@@ -1,28 +1,12 @@
-"""The record of a run, and files of lines that survive kills, resumes and full disks."""
-
-import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The record of a run, and folders that are not ours."""
 
 import pytest
 
 from pretrain.config.run import load_config, parse_config
 from pretrain.errors import ConfigError
-from pretrain.monitor.run_folder import JsonLines, refuse_foreign_folder, replace_text, write_run_record
+from pretrain.monitor.run_folder import refuse_foreign_folder, write_run_record
 
 CONFIG = parse_config({"data": {"prefix": "corpus", "tokenizer": "tokenizer.model"}, "train": {"steps": 7}})
-
-
-@contextmanager
-def files_up_to(size_bytes: int) -> Iterator[None]:
-    """A real limit on the size of files, which stands in for a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_record_of_a_run_is_a_config_that_repeats_it(tmp_path):
@@ -65,39 +49,3 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         refuse_foreign_folder(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"cannot be written .*: set run\.folder"):
         write_run_record(tmp_path / "run", CONFIG)
-
-
-def test_a_failed_replacement_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        replace_text(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
-def test_lines_of_later_steps_and_a_torn_one_are_cut(tmp_path):
-    lines = JsonLines(tmp_path / "metrics.jsonl")
-    lines.cut(5)
-    for step in (1, 5, 10):
-        lines.append({"step": step})
-    with lines.path.open("a") as file:
-        file.write('{"step": 1')
-    lines.cut(5)
-    assert lines.path.read_text() == '{"step": 1}\n{"step": 5}\n'
-    lines.cut(None)
-    assert [record["step"] for record in lines.read()] == [1, 5]
-
-
-def test_numbers_that_json_lacks_become_null(tmp_path):
-    lines = JsonLines(tmp_path / "metrics.jsonl")
-    lines.append({"loss": float("nan"), "inner": {"norm": [float("inf"), 1.0]}})
-    assert json.loads(lines.path.read_text()) == {"loss": None, "inner": {"norm": [None, 1.0]}}
-
-
-def test_a_line_that_did_not_fit_leaves_the_file_as_it_was(tmp_path):
-    lines = JsonLines(tmp_path / "metrics.jsonl")
-    lines.append({"step": 1})
-    with files_up_to(40), pytest.raises(OSError, match="took only part of a line"):
-        lines.append({"step": 2, "text": 100 * "x"})
-    assert lines.path.read_text() == '{"step": 1}\n'

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import DataError
-from pretrain.tokenizer.base import open_tokenizer
 from pretrain.tokenizer.huggingface import HuggingFaceTokenizer
+from pretrain.tokenizer.load import open_tokenizer
 from tests.support.distributed import run
 from tests.support.huggingface_files import END, byte_level, save, sentencepiece_like, texts
 from tests.support.training_runs import train_in_workers, write_config

@@ -12,8 +12,13 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from pretrain.errors import DataError
-from pretrain.tokenizer.sentencepiece import END_OF_DOCUMENT, MAXIMUM_RUN, SPACE, SentencePieceTokenizer
-from pretrain.tokenizer.sentencepiece_export import export_tokenizer
+from pretrain.tokenizer.sentencepiece import (
+    END_OF_DOCUMENT,
+    MAXIMUM_RUN,
+    SPACE,
+    SentencePieceTokenizer,
+    export_tokenizer,
+)
 from tools.corpus.documents import find_files, read_documents
 from tools.train_tokenizer import train_tokenizer, write_tokenizer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.monitor.run_folder import JsonLines
+from pretrain.disk import JsonLines
 from tests.support.training_runs import make_corpus, write_config
 from tools.benchmarks import probes
 from tools.benchmarks.probes import CHECK_EVERY, costs
