@@ -12,7 +12,6 @@ its newest one, by itself; a run that is complete is left as it is.
 import argparse
 import gc
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -37,7 +36,6 @@ from pretrain.resilience.run_lock import LOCK_FILE, locked
 from pretrain.resilience.watchdog import lost_peers_told, reach, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.tokenizer.base import Tokenizer, open_tokenizer
-from pretrain.train_state import samples_of_the_run
 from pretrain.trainer import Trainer, validation_samples
 
 
@@ -52,9 +50,8 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
         if decision is not None:
             monitor.decision(state.step, decision.answer.seconds, decision.answer.flops)
         if decision is not None and decision.growth is not None:
-            growth = decision.growth
             guard.forget()
-            monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds, growth.logit_change)
+            monitor.augmentation(decision.growth)
 
         metrics = run.train_step(lambda: guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)
@@ -79,18 +76,13 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
         if state.step == train.steps or _due(state.step, checkpoint.every):
             save(state.step, final=state.step == train.steps)
 
-    history = [asdict(record) for record in state.growth]
     monitor.summary(
         summarize(
             run.config,
             run.model.ranks(),
-            history,
-            step=state.step,
-            consumed_samples=state.consumed_samples,
+            state,
             lm_loss=loss,
-            validation_loss=None if validation is None else validation.lm_loss,
-            accuracy=None if validation is None else validation.accuracy,
-            skipped_steps=state.skipped_steps,
+            validation=validation,
             checkpoint=saver.newest,
         )
     )
@@ -159,7 +151,7 @@ def _run_once(
     corpus = open_corpus(
         config.data,
         config.model,
-        training_samples=samples_of_the_run(config, step, consumed),
+        training_samples=config.samples_at_end(step, consumed),
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
         cache=_cache(config),
@@ -177,8 +169,7 @@ def _run_once(
         run.model.ranks(),
         active=is_first_process(),
         processes=processes,
-        resumed_step=run.state.step,
-        growth=[asdict(record) for record in run.state.growth],
+        state=run.state,
     )
     if reader is not None:
         monitor.event("resume", run.state.step, checkpoint=str(reader.folder))

@@ -41,17 +41,16 @@ from pretrain.engine.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.engine.replica_check import check_replicas
 from pretrain.engine.zero3 import drop_gathered, held, hold
 from pretrain.errors import agreed
-from pretrain.growth.augmentation import GrowthRecord, augment
+from pretrain.growth.augmentation import augment
 from pretrain.growth.initial_values import initial_model
 from pretrain.growth.rank_control import Answer, RankControl
 from pretrain.growth.spectra import measure_spectra
 from pretrain.loss import LossSums, token_losses
-from pretrain.monitor.monitor import StepMetrics, Validation
 from pretrain.monitor.spectrum_report import Measurement
 from pretrain.monitor.tracking import Tracker
 from pretrain.resilience.watchdog import reach
 from pretrain.schedule import global_batch_at, learning_rate
-from pretrain.train_state import TrainState, saved_progress
+from pretrain.train_state import GrowthRecord, StepMetrics, TrainState, Validation, saved_progress
 
 
 @dataclass(frozen=True)

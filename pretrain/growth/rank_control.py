@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,10 +24,10 @@ from pretrain.config.run import RunConfig
 from pretrain.distributed import is_first_process, together
 from pretrain.errors import CheckpointError
 from pretrain.growth.augmentation import (
-    GrowthPlan,
     RankMeasurement,
+    RankPlan,
     layer_measurements,
-    plan_growth,
+    plan_ranks,
 )
 from pretrain.growth.initial_values import initial_factors
 from pretrain.growth.probe import GradientProbe
@@ -36,7 +36,7 @@ from pretrain.policies import affordable_parameters, build_policy
 from pretrain.policies.explained_ratio import untrained_ranks
 from pretrain.policies.gradient import PROBED_STEPS
 from pretrain.schedule import global_batch_at
-from pretrain.train_state import TrainState, samples_of_the_run
+from pretrain.train_state import TrainState
 
 PROBE_NAME = "probe.safetensors"
 """Extra file of a checkpoint written between two probed steps."""
@@ -46,7 +46,7 @@ PROBE_NAME = "probe.safetensors"
 class Answer:
     """What the policy wants, and what asking it cost."""
 
-    plan: GrowthPlan | None
+    plan: RankPlan | None
     """None: ranks stay."""
     directions: Mapping[str, Tensor]
     """Measured rows `(any, in/tp)` for layers that grow, by `Projection.name`."""
@@ -83,7 +83,7 @@ class RankControl:
             demand={} if self._probe is None else self._probe.demand(model),
         )
         affordable = self._affordable_parameters(model, state)
-        plan = plan_growth(model, self._policy, self._config.rank, state.step, measured, affordable)
+        plan = plan_ranks(model, self._policy, self._config.rank, state.step, measured, affordable)
         directed = measured.demand if self._config.rank.directed else {}
         directions = {name: demand.rows for name, demand in directed.items()}
         return Answer(plan, directions, time.perf_counter() - start + self._extra_seconds(), flops)
@@ -99,9 +99,9 @@ class RankControl:
             self._config.rank,
             factored_projections(self._config.model),
             model.ranks(),
-            [asdict(record) for record in state.growth],
+            state.growth,
             state.consumed_samples,
-            samples_of_the_run(self._config, state.step, state.consumed_samples),
+            self._config.samples_at_end(state.step, state.consumed_samples),
         )
 
     # Probed steps -----------------------------------------------------------------------------------------------------

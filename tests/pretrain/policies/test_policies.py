@@ -22,6 +22,7 @@ from pretrain.policies import (
 )
 from pretrain.policies.excess_explained_ratio import ROUNDING, used_rank
 from pretrain.policies.explained_ratio import explained_ratio, explaining_rank, untrained_ranks
+from pretrain.train_state import GrowthRecord
 
 WIDE = Projection("wide", 0, "fc1", 64, 192, True, True, False)  # breaks even at 48
 SQUARE = Projection("square", 0, "proj", 64, 64, True, False, True)  # breaks even at 32
@@ -322,7 +323,7 @@ def test_budget_in_parameters_and_in_flops_of_the_whole_run():
     assert affordable_parameters(RankConfig(), parts, {"wide": 8, "square": 8}, [], 150, 300) is None
     flops = RankConfig(budget=0.5, budget_unit="flops")
     # 40 of 100 steps at rank 8, 10 at 16: what they left of half of the dense run's is for the other 50.
-    growth = [{"consumed_samples": 120, "before": {"wide": 8, "square": 8}, "after": {"wide": 16, "square": 16}}]
+    growth = [GrowthRecord(40, 120, {"wide": 8, "square": 8}, {"wide": 16, "square": 16}, seconds=0.1)]
     cost = 64 + 192 + 64 + 64
     expected = (0.5 * dense * 100 - 8 * cost * 40 - 16 * cost * 10) / 50
     now = {"wide": 16, "square": 16}
