@@ -31,8 +31,9 @@ from pretrain.monitor.monitor import Monitor
 from pretrain.monitor.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.monitor.summary import summarize
 from pretrain.planning.memory_check import check_memory
-from pretrain.resilience.guard import Guard, RollBack, Signals
+from pretrain.resilience.guard import Guard, RollBack
 from pretrain.resilience.run_lock import LOCK_FILE, locked
+from pretrain.resilience.signals import Signals
 from pretrain.resilience.watchdog import lost_peers_told, reach, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.tokenizer.base import Tokenizer, open_tokenizer
@@ -173,8 +174,8 @@ def _run_once(
     )
     if reader is not None:
         monitor.event("resume", run.state.step, checkpoint=str(reader.folder))
-    elif config.rank.policy == "explained_ratio":
-        monitor.event("null", 0, mean_rank_if_never_trained=run.mean_untrained_rank())
+    elif (null := run.mean_untrained_rank()) is not None:
+        monitor.event("null", 0, mean_rank_if_never_trained=null)
     if turned_back is not None:
         monitor.event("rollback", step, reason=turned_back.reason, left_out=run.state.leave_out(consumed))
     try:

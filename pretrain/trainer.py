@@ -264,8 +264,8 @@ class Trainer:
         self.state.growth.append(record)
         return Decision(answer, record)
 
-    def mean_untrained_rank(self) -> float:
-        """The mean rank that the explained-ratio rule would reach if training never changed the factors."""
+    def mean_untrained_rank(self) -> float | None:
+        """The mean rank that the policy would reach if training never changed the factors; None: the initial one."""
         return self.rank_control.mean_untrained_rank(self.model)
 
     def spectra(self) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from pretrain.config.data import DataConfig
 from pretrain.config.files import explain, find_file, merge, parse_override, read_settings
 from pretrain.config.parallel import Layout, lay_out
 from pretrain.errors import ConfigError
-from pretrain.policies import RankConfig, check_rank_config, with_default_pace
+from pretrain.policies.policy import RankConfig
+from pretrain.policies.select import check_rank_config, with_defaults
 from pretrain.schedule import BatchRamp, OptimizerConfig, ScheduleConfig, check_ramp, check_schedule, samples_before
 
 
@@ -254,8 +255,8 @@ class RunConfig(_Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")
-    def _growth_has_a_pace(self) -> "RunConfig":
-        return self.model_copy(update={"rank": with_default_pace(self.rank, self.train.steps)})
+    def _policy_fills_settings_in(self) -> "RunConfig":
+        return self.model_copy(update={"rank": with_defaults(self.rank, self.train.steps)})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

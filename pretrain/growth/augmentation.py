@@ -46,7 +46,7 @@ from pretrain.errors import agreed
 from pretrain.growth.probe import Demand
 from pretrain.growth.spectra import row_norms
 from pretrain.growth.stash import Stash, host_copy
-from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
+from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, decide_ranks
 from pretrain.resilience.watchdog import reach
 from pretrain.train_state import GrowthRecord
 

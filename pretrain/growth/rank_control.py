@@ -32,9 +32,9 @@ from pretrain.growth.augmentation import (
 from pretrain.growth.initial_values import initial_factors
 from pretrain.growth.probe import GradientProbe
 from pretrain.growth.spectra import measure_spectra, measure_updates
-from pretrain.policies import affordable_parameters, build_policy
-from pretrain.policies.explained_ratio import untrained_ranks
+from pretrain.policies.budget import affordable_parameters
 from pretrain.policies.gradient import PROBED_STEPS
+from pretrain.policies.select import build_policy
 from pretrain.schedule import global_batch_at
 from pretrain.train_state import TrainState
 
@@ -88,10 +88,13 @@ class RankControl:
         directions = {name: demand.rows for name, demand in directed.items()}
         return Answer(plan, directions, time.perf_counter() - start + self._extra_seconds(), flops)
 
-    def mean_untrained_rank(self, model: EspalierModel) -> float:
-        """The null of the explained-ratio rule: the mean rank it would reach if training never changed the factors."""
+    def mean_untrained_rank(self, model: EspalierModel) -> float | None:
+        """The null of the policy: the mean rank it would reach if training never changed the factors; None where it
+        would not grow them."""
+        if not self._policy.grows_untrained:
+            return None
         layers = layer_measurements(model, RankMeasurement(product=measure_spectra(model)))
-        ranks = untrained_ranks(layers, self._config.rank)
+        ranks = self._policy.untrained_ranks(layers)
         return sum(ranks.values()) / len(ranks)
 
     def _affordable_parameters(self, model: EspalierModel, state: TrainState) -> int | None:

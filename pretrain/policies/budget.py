@@ -8,7 +8,7 @@ the dense layers would spend over the whole run.
 from collections.abc import Mapping, Sequence
 
 from model.config import Projection
-from pretrain.policies.policy import RankConfig, direction_cost, rank_text
+from pretrain.policies.policy import Policy, RankConfig, direction_cost, rank_text
 from pretrain.train_state import GrowthRecord, rank_periods
 
 
@@ -44,13 +44,17 @@ def _parameters(factored: Sequence[Projection], ranks: Mapping[str, int]) -> int
     return sum(ranks[projection.name] * direction_cost(projection) for projection in factored)
 
 
-def check_budget(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
-    """ValueError if the `ranks` at the start already cost more than the budget, or nothing would heed it."""
+def check_budget(
+    policy: type[Policy], rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]
+) -> None:
+    """ValueError if the `ranks` at the start already cost more than the budget, or the policy wants none, or one."""
     if rank.budget is None:
         if rank.budget_unit != "parameters":
             raise ValueError(f"rank.budget_unit is {rank.budget_unit}, and there is no budget: set rank.budget")
+        if policy.budget == "required":
+            raise ValueError(f"rank.policy={rank.policy} grows up to a budget, and there is none: set rank.budget")
         return
-    if rank.policy in ("fixed", "schedule"):
+    if policy.budget == "refused":
         raise ValueError(
             f"rank.budget {rank.budget:g} is for policies that decide by themselves, and rank.policy is {rank.policy}: "
             "leave rank.budget out or change the policy"
