@@ -31,10 +31,11 @@ from pretrain.monitor.monitor import Monitor
 from pretrain.monitor.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.monitor.summary import summarize
 from pretrain.planning.memory_check import check_memory
+from pretrain.resilience import heartbeat
 from pretrain.resilience.guard import Guard, RollBack
 from pretrain.resilience.run_lock import LOCK_FILE, locked
 from pretrain.resilience.signals import Signals
-from pretrain.resilience.watchdog import lost_peers_told, reach, watched
+from pretrain.resilience.watchdog import lost_peers_told, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.tokenizer.base import Tokenizer, open_tokenizer
 from pretrain.trainer import Trainer, validation_samples
@@ -139,7 +140,7 @@ def _run_once(
     layout, folder = config.layout(processes), Path(config.run.folder)
     checkpoints = folder / "checkpoints"
     reader = open_newest(checkpoints, config)
-    reach("resume.opened", 0 if reader is None else reader.step)
+    heartbeat.at("resume.opened", 0 if reader is None else reader.step)
     if reader is not None and reader.step >= config.train.steps:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")

@@ -61,7 +61,7 @@ from pretrain.checkpoint.format import (
 from pretrain.checkpoint.reader import read_manifest
 from pretrain.checkpoint.retention import FEWEST, Retention, clear_leftovers, discard, prune, remove
 from pretrain.errors import CheckpointError
-from pretrain.resilience.watchdog import reach
+from pretrain.resilience import heartbeat
 
 SPACE_MARGIN_BYTES = 2**20
 """Room for headers and the manifest."""
@@ -141,11 +141,11 @@ class CheckpointWrite:
                 raise CheckpointError(
                     f"the processes disagree on (step, tensor-parallel size, parameters): {sorted(set(facts))}"
                 )
-            reach("save.begin", self.content.step)
+            heartbeat.at("save.begin", self.content.step)
             if _process() == 0:
                 _manifest(content, [], [])
                 _prepare(content)
-                reach("save.staging", self.content.step)
+                heartbeat.at("save.staging", self.content.step)
 
     def fail(self, error: Exception) -> None:
         """What went wrong before `write`; told by `commit`, to everybody."""
@@ -156,7 +156,7 @@ class CheckpointWrite:
         count."""
         try:
             self._shard = _write_shard(self.content, fragments, self._count_fragment)
-            reach("save.written", self.content.step)
+            heartbeat.at("save.written", self.content.step)
         except Exception as error:
             self._failure = self._failure or error
 
@@ -178,14 +178,14 @@ class CheckpointWrite:
                     written = [record for record in shards if record is not None]
                     write_blocks(content.staging / MANIFEST_NAME, [_manifest(content, written, extra)])
                     read_manifest(content.staging)  # what the reader would refuse is not committed
-                    reach("save.manifest", self.content.step)
+                    heartbeat.at("save.manifest", self.content.step)
                     _commit(content.staging, content.target)
         self.committed = True
         with _vote(f"the checkpoint of step {content.step} is saved, but what follows failed", content.root):
             if first:
-                reach("save.renamed", self.content.step)
+                heartbeat.at("save.renamed", self.content.step)
                 replace_file(content.root / LATEST_NAME, f"{content.target.name}\n".encode())
-                reach("save.pointer", self.content.step)
+                heartbeat.at("save.pointer", self.content.step)
                 if os.path.lexists(_aside(content.target)):
                     discard(_aside(content.target))
                 prune(content.root, content.step, self.retention)
@@ -349,7 +349,7 @@ def _in_fp32(tensors: Collection[Tensor], step: int, count_fragment: Callable[[]
     """One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model."""
     for number, values in enumerate(tensors):
         if number == len(tensors) // 2:
-            reach("save.shard", step)
+            heartbeat.at("save.shard", step)
         yield values.float()
         count_fragment()
 
@@ -373,7 +373,7 @@ def _commit(staging: Path, target: Path) -> None:
     replaced = os.path.lexists(target)
     if replaced:
         os.rename(target, aside)
-        reach("save.aside")
+        heartbeat.at("save.aside")
     try:
         os.rename(staging, target)
     except OSError:

@@ -47,7 +47,7 @@ from pretrain.growth.probe import Demand
 from pretrain.growth.spectra import row_norms
 from pretrain.growth.stash import Stash, host_copy
 from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, decide_ranks
-from pretrain.resilience.watchdog import reach
+from pretrain.resilience import heartbeat
 from pretrain.train_state import GrowthRecord
 
 
@@ -153,21 +153,21 @@ def augment(
     _refuse_non_finite(expected, plan.step)
     changes = _factor_changes(model, plan, directions or {}, seed)
     with Stash(engine, _size_ratio(model, plan)) as stash:
-        reach("event.stashed", plan.step)
+        heartbeat.at("event.stashed", plan.step)
         tear_down(engine)
         for name, change in changes.items():
             _change_factors(model.factored_layers()[name], change)
-        reach("event.changed")
+        heartbeat.at("event.changed")
         release_free_memory()  # the new engine's tensors are as large as the old one's, and fit into no hole between
         engine = rebuild(model)
-        reach("event.rebuilt")
+        heartbeat.at("event.rebuilt")
         state = optimizer_state(engine)
         for name in model.trained_parameters():
             for key in KEYS:
                 state.load(name, {key: _changed_state(name, key, stash.take(name, key), changes)})
         state.finish_loading()
         state.load_counters(stash.counters)
-    reach("event.restored")
+    heartbeat.at("event.restored")
     moved = None
     if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
         moved = _check_logits(expected, _fixed_batch_logits(engine))
