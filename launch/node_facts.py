@@ -19,7 +19,7 @@ from pretrain.checkpoint.format import FP32_BYTES, KEYS
 from pretrain.config.run import RunConfig, dump_config
 from pretrain.device_check import check_device
 from pretrain.errors import ConfigError
-from pretrain.planning.rank_outlook import moments
+from pretrain.planning.rank_outlook import outlooks
 from pretrain.provenance import git_revision, installed_versions
 from pretrain.tokenizer.base import main_file
 
@@ -95,7 +95,7 @@ def nearest_folder(path: Path) -> Path:
 
 def checkpoints_bytes(config: RunConfig) -> int:
     """The most that retained checkpoints take, with the one that is being written. The vocabulary must be known."""
-    ahead = moments(config)
+    ahead = outlooks(config)
     ahead = ahead[:-1] or ahead  # the last one is the dense model, for comparison
     numbers = max(
         total_parameters(one.model, one.ranks) + (len(KEYS) - 1) * trained_parameters(one.model, one.ranks)

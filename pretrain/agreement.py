@@ -3,7 +3,7 @@
     (loss, ‖g‖², processes that still write a checkpoint, processes that were told to stop, by signal)
 
 are summed over all processes as one fp64 tensor. Whoever decides anything in a step decides by it: whether the step is
-skipped, how far its gradient is clipped, whether the loss has leapt, whether to save and leave. It is the one place of
+skipped, how far its gradient is clipped, whether the loss is a spike, whether to save and leave. It is the one place of
 a plain training step where the host waits for the device; what follows, the optimizer's kernels and those of the next
 forward pass, is only launched.
 """

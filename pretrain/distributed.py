@@ -8,12 +8,10 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state
 
 from pretrain.config.run import GuardConfig, RunConfig
@@ -59,6 +57,8 @@ def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
+    import deepspeed  # here alone: it takes seconds, and most of what stands on this module needs none of it
+
     settle_device(config)
     precision, guard = ("fp32", GuardConfig()) if config is None else (config.train.precision, config.guard)
     check_device(precision, max(processes_of_machine(1), int(os.environ["LOCAL_RANK"]) + 1))
@@ -101,6 +101,8 @@ def free_port() -> int:
 
 def check_precision(precision: str) -> None:
     """ConfigError if this machine's device cannot train in `precision`."""
+    from deepspeed.accelerator import get_accelerator
+
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f"DeepSpeed has no fp16 on this machine's {get_accelerator().device_name()} device: set train.precision to "
@@ -110,6 +112,41 @@ def check_precision(precision: str) -> None:
 
 def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_number() -> int:
+    """Number of this process in the default group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Everybody's value, at everybody's."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_to_first(value: Any) -> list[Any]:
+    """Everybody's value at process 0, nothing elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if process_number() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+@contextmanager
+def vote(explained: Callable[[Exception], EspalierError]) -> Iterator[None]:
+    """Runs its body on all processes; where it failed on any, all raise the error of the first that failed, in the
+    words of `explained`."""
+    cause = None
+    try:
+        yield
+    except Exception as error:
+        cause = error
+    _raise_first(None if cause is None else explained(cause), cause)
 
 
 def together(action: Callable[[], Result]) -> Result:
@@ -122,10 +159,13 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except EspalierError as raised:
         error = raised
-    errors: list[EspalierError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    failed = next((one for one in errors if one is not None), None)
+    _raise_first(error)
+    return result  # type: ignore[return-value]
+
+
+def _raise_first(error: EspalierError | None, cause: Exception | None = None) -> None:
+    """Raises the error of the first process that has one, on all of them."""
+    failed: EspalierError | None = next((one for one in gather(error) if one is not None), None)
     if failed is not None:
         failed.agreed = True
-        raise failed
-    return result  # type: ignore[return-value]
+        raise failed from cause

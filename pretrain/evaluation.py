@@ -35,8 +35,7 @@ from pretrain.config.parallel import check_tensor_split
 from pretrain.convert.consolidated import FACTS_NAME, ConsolidatedModel, facts_of
 from pretrain.convert.logit_comparison import load_transformers
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.loss import LossSums, token_losses
-from pretrain.monitor.summary import perplexity
+from pretrain.loss import LossSums, perplexity, token_losses
 from pretrain.tokenizer.base import main_file
 
 Losses = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,6 @@
-"""Sums of losses over predicted tokens: what a validation of a run and an evaluation afterwards have in common."""
+"""Losses of tokens and their sums: what a validation of a run and an evaluation afterwards have in common."""
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,11 @@ from model.process_groups import data_group, device
 def token_losses(model: EspalierModel, logits: Tensor, labels: Tensor) -> Tensor:
     """Nats of every label `(batch, seq)` from logits `(batch, seq, padded_vocabulary/tp)`."""
     return model.compute_language_model_loss(labels.to(device()), logits.transpose(0, 1))
+
+
+def perplexity(lm_loss: float) -> float:
+    """exp of a loss in nats per token; infinite where it would overflow."""
+    return math.inf if lm_loss > 700.0 else math.exp(lm_loss)
 
 
 class LossSums:

@@ -43,6 +43,14 @@ class OptimizerConfig(BaseModel):
         return self
 
 
+def has_weight_decay(name: str, dimensions: int) -> bool:
+    """Whether `optimizer.weight_decay` holds for a parameter: for dense weights and embeddings alone.
+
+    On a factor it would be a nuclear-norm pressure on the product, since (‖A‖² + ‖B‖²) / 2 ≥ ‖BA‖_*, and fight growth.
+    """
+    return dimensions > 1 and not name.endswith((".A", ".B"))
+
+
 class ScheduleConfig(BaseModel):
     """Shape of the learning rate over the run."""
 

@@ -12,7 +12,6 @@ its newest one, by itself; a run that is complete is left as it is.
 import argparse
 import gc
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,13 +31,14 @@ from pretrain.monitor.monitor import Monitor
 from pretrain.monitor.run_folder import LOGS_FOLDER, refuse_foreign_folder, write_run_record
 from pretrain.monitor.summary import summarize
 from pretrain.planning.fitting import check_memory
-from pretrain.resilience.guard import Guard, RollBack, Signals
+from pretrain.resilience import heartbeat
+from pretrain.resilience.guard import Guard, RollBack
 from pretrain.resilience.run_lock import LOCK_FILE, locked
-from pretrain.resilience.watchdog import lost_peers_told, reach, watched
+from pretrain.resilience.signals import Signals
+from pretrain.resilience.watchdog import lost_peers_told, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.tokenizer.base import Tokenizer
 from pretrain.tokenizer.load import open_tokenizer
-from pretrain.train_state import samples_of_the_run
 from pretrain.trainer import Trainer, validation_samples
 
 
@@ -53,9 +53,8 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
         if decision is not None:
             monitor.decision(state.step, decision.answer.seconds, decision.answer.flops)
         if decision is not None and decision.growth is not None:
-            growth = decision.growth
             guard.forget()
-            monitor.augmentation(growth.step, growth.before, growth.after, growth.seconds, growth.logit_change)
+            monitor.augmentation(decision.growth)
 
         metrics = run.train_step(lambda: guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)
@@ -80,18 +79,13 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
         if state.step == train.steps or _due(state.step, checkpoint.every):
             save(state.step, final=state.step == train.steps)
 
-    history = [asdict(record) for record in state.growth]
     monitor.summary(
         summarize(
             run.config,
             run.model.ranks(),
-            history,
-            step=state.step,
-            consumed_samples=state.consumed_samples,
+            state,
             lm_loss=loss,
-            validation_loss=None if validation is None else validation.lm_loss,
-            accuracy=None if validation is None else validation.accuracy,
-            skipped_steps=state.skipped_steps,
+            validation=validation,
             checkpoint=saver.newest,
         )
     )
@@ -147,7 +141,7 @@ def _run_once(
     layout, folder = config.layout(processes), Path(config.run.folder)
     checkpoints = folder / "checkpoints"
     reader = open_newest(checkpoints, config)
-    reach("resume.opened", 0 if reader is None else reader.step)
+    heartbeat.at("resume.opened", 0 if reader is None else reader.step)
     if reader is not None and reader.step >= config.train.steps:
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
@@ -160,7 +154,7 @@ def _run_once(
     corpus = open_corpus(
         config.data,
         config.model,
-        training_samples=samples_of_the_run(config, step, consumed),
+        training_samples=config.samples_at_end(step, consumed),
         validation_samples=validation_samples(config, layout),
         seed=config.run.seed,
         cache=_cache(config),
@@ -178,13 +172,12 @@ def _run_once(
         run.model.ranks(),
         active=is_first_process(),
         processes=processes,
-        resumed_step=run.state.step,
-        growth=[asdict(record) for record in run.state.growth],
+        state=run.state,
     )
     if reader is not None:
         monitor.event("resume", run.state.step, checkpoint=str(reader.folder))
-    elif config.rank.policy == "explained_ratio":
-        monitor.event("null", 0, mean_rank_if_never_trained=run.mean_untrained_rank())
+    elif (null := run.mean_untrained_rank()) is not None:
+        monitor.event("null", 0, mean_rank_if_never_trained=null)
     if turned_back is not None:
         monitor.event("rollback", step, reason=turned_back.reason, left_out=run.state.leave_out(consumed))
     try:

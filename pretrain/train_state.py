@@ -1,14 +1,89 @@
-"""Where a run stands, and what it has still before it."""
+"""Where a run stands: what a step, a validation and a growth event came to, and what a checkpoint keeps of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from pretrain.config.run import RunConfig
-from pretrain.growth.augmentation import GrowthRecord
-from pretrain.schedule import samples_before
+from pretrain.loss import perplexity
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One logged step, the same on every process."""
+
+    lm_loss: float
+    """Mean over all predicted tokens of the step, in nats per token."""
+    grad_norm: float
+    """Norm of the whole gradient, before clipping."""
+    learning_rate: float
+    step_seconds: float
+    """Wall-clock time of this step."""
+    global_batch: int
+    """Sequences in the step."""
+    consumed_samples: int
+    consumed_tokens: int
+    skipped_steps: int
+    loss_scale: float | None = None
+    """fp16 only."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found in one held-out set."""
+
+    lm_loss: float
+    """Mean over all predicted tokens, in nats per token."""
+    bits_per_byte: float | None = None
+    """Causal objective only: hidden tokens are no text."""
+    accuracy: float | None = None
+    """Share of the tokens predicted right; masked objective only."""
+
+    def facts(self) -> dict[str, float]:
+        """What there is of it, by name."""
+        facts = {"lm_loss": self.lm_loss, "ppl": perplexity(self.lm_loss)}
+        others = {"bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
+        return facts | {name: value for name, value in others.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GrowthRecord:
+    """What a growth event did: ranks of the layers that changed, how long training stood still, and how far the logits
+    of a fixed batch moved, as a share of their scale; None where directions were cut, and in records of earlier
+    versions."""
+
+    step: int
+    consumed_samples: int
+    before: dict[str, int]
+    after: dict[str, int]
+    seconds: float
+    logit_change: float | None = None
+
+
+@dataclass(frozen=True)
+class RankPeriod:
+    """A stretch of a run in which ranks stayed the same."""
+
+    step: int
+    """Steps taken when it began."""
+    samples: int
+    """Sequences trained on in it."""
+    ranks: dict[str, int]
+
+
+def rank_periods(ranks: Mapping[str, int], growth: Sequence[GrowthRecord], consumed_samples: int) -> list[RankPeriod]:
+    """The periods of a run from its start to its present `ranks` and `consumed_samples`: one more than growth events.
+
+    A record says what changed, so only the present ranks tell those of all layers, and the walk goes backwards.
+    """
+    current, end, periods = dict(ranks), consumed_samples, []
+    for record in reversed(growth):
+        periods.append(RankPeriod(record.step, end - record.consumed_samples, dict(current)))
+        current |= record.before
+        end = record.consumed_samples
+    periods.append(RankPeriod(0, end, current))
+    return periods[::-1]
 
 
 @dataclass
@@ -31,14 +106,11 @@ class TrainState:
         self.consumed_samples, self.skipped_in_a_row = end, 0
         return window
 
+    def rank_periods(self, ranks: Mapping[str, int]) -> list[RankPeriod]:
+        """The periods of the run so far; `ranks` are the present ones."""
+        return rank_periods(ranks, self.growth, self.consumed_samples)
+
 
 def saved_progress(state: Mapping[str, Any]) -> TrainState:
-    """Out of a checkpoint's state; pydantic's `ValidationError` where it says something else."""
+    """The run's state out of a checkpoint's; pydantic's `ValidationError` where it says something else."""
     return TypeAdapter(TrainState).validate_python({**state["train"], "growth": state["growth"]})
-
-
-def samples_of_the_run(config: RunConfig, step: int, consumed: int) -> int:
-    """Sequences consumed at the end by a run that has `consumed` behind it at `step`, whatever its batches were."""
-    train = config.train
-    end, now = (samples_before(moment, train.global_batch, train.batch_ramp) for moment in (train.steps, step))
-    return consumed + end - now

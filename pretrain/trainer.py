@@ -40,17 +40,17 @@ from pretrain.engine.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.engine.replica_check import check_replicas
 from pretrain.engine.zero3 import drop_gathered, held, hold
 from pretrain.errors import agreed
-from pretrain.growth.augmentation import GrowthRecord, augment
+from pretrain.growth.augmentation import augment
 from pretrain.growth.initial_values import initial_model
 from pretrain.growth.rank_control import Answer, RankControl
 from pretrain.growth.spectra import measure_spectra
 from pretrain.loss import LossSums, token_losses
-from pretrain.monitor.monitor import StepMetrics, Validation
 from pretrain.monitor.spectrum_report import Measurement
 from pretrain.monitor.tracking import Tracker
-from pretrain.resilience.watchdog import reach
+from pretrain.resilience import heartbeat
+from pretrain.resilience.fault_injection import loss_factor
 from pretrain.schedule import global_batch_at, learning_rate
-from pretrain.train_state import TrainState, saved_progress
+from pretrain.train_state import GrowthRecord, StepMetrics, TrainState, Validation, saved_progress
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Trainer:
         else:
             ranks, recompute = reader.state["ranks"], config.train.recompute
             self.engine = self._new_engine(build_model(config.model, ranks, seed=config.run.seed, recompute=recompute))
-            reach("resume.built", reader.step)
+            heartbeat.at("resume.built", reader.step)
             self._restore(reader)
-            reach("resume.restored")
+            heartbeat.at("resume.restored")
         self.rank_control = RankControl(config, self.model)
         if reader is not None:
             self.rank_control.restore(self.model, reader)
@@ -119,13 +119,13 @@ class Trainer:
             # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their
             # number.
             self.engine.set_gradient_accumulation_boundary(micro_step == accumulation - 1)
-            reach("step.forward", state.step)
-            loss = _poisoned(self._mean_loss(self._next_batch()))
+            heartbeat.at("step.forward", state.step)
+            loss = _poisoned(self._mean_loss(self._next_batch()), state.step)
             self.engine.backward(loss)
             total += loss.detach()
             if micro_step < accumulation - 1:
                 self.engine.step()
-        reach("step.optimizer")
+        heartbeat.at("step.optimizer")
         known = agree(total, squared_norm(self.engine), flags())
         self.flags = known.flags
         norm, applied = self._optimizer_step(known.squared_norm)
@@ -207,7 +207,7 @@ class Trainer:
         sums = LossSums()
         with evaluating(self.engine):
             for micro_step in range(validation_samples(self.config, self.layout) // (micro_batch * self.layout.data)):
-                reach("validation", self.state.step)
+                heartbeat.at("validation", self.state.step)
                 batch = self._validation_batch(samples, micro_step)
                 logits = self.engine(*model_inputs(self.config, batch))
                 counted = self._right_tokens(logits, batch) if masked else self._byte_lengths[batch["labels"]]
@@ -252,7 +252,7 @@ class Trainer:
         answer = self.rank_control.ask(self.model, self.state)
         if answer.plan is None:
             return Decision(answer, None)
-        reach("event.begin", self.state.step)
+        heartbeat.at("event.begin", self.state.step)
         self.engine, record = augment(
             self.engine,
             answer.plan,
@@ -264,8 +264,8 @@ class Trainer:
         self.state.growth.append(record)
         return Decision(answer, record)
 
-    def mean_untrained_rank(self) -> float:
-        """The mean rank that the explained-ratio rule would reach if training never changed the factors."""
+    def mean_untrained_rank(self) -> float | None:
+        """The mean rank that the policy would reach if training never changed the factors; None: the initial one."""
         return self.rank_control.mean_untrained_rank(self.model)
 
     def spectra(self) -> dict[str, Tensor]:
@@ -325,10 +325,11 @@ class Trainer:
         self.state = saved_progress(reader.state)
 
 
-def _poisoned(loss: Tensor) -> Tensor:
+def _poisoned(loss: Tensor, step: int) -> Tensor:
     """A loss whose gradient is not finite where it is not itself, so that DeepSpeed, which looks at gradients, has all
     processes skip the step. Multiplied by 1 otherwise, which changes no bit."""
-    loss = loss * reach("step.loss")
+    heartbeat.at("step.loss", step)
+    loss = loss * loss_factor(step)
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 

@@ -29,9 +29,11 @@ from pretrain.errors import ConfigError, run_command
 from pretrain.growth.augmentation import RankMeasurement, layer_measurements
 from pretrain.growth.probe import GradientProbe
 from pretrain.growth.spectra import measure_spectra, measure_updates, row_norms
-from pretrain.policies import RankConfig, RankEvent, affordable_parameters, build_policy, decide_ranks
+from pretrain.policies.budget import affordable_parameters
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
+from pretrain.policies.policy import RankConfig, RankEvent, decide_ranks
+from pretrain.policies.select import build_policy
 from tools.console import progress, table_lines
 from tools.corpus.documents import find_files, read_documents
 

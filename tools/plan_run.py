@@ -24,7 +24,7 @@ from pretrain.planning.communication import Links
 from pretrain.planning.compute import Arithmetic
 from pretrain.planning.fitting import fits, fitting_setup
 from pretrain.planning.memory import Setup
-from pretrain.planning.rank_outlook import Moment, moments
+from pretrain.planning.rank_outlook import Outlook, outlooks
 from pretrain.planning.step import Assumptions, Machine, ScalingRow, StepPlan, plan_step, scaling
 from pretrain.tokenizer.load import open_tokenizer
 from tools.arguments import above_zero, output_file, parse_bytes, positive
@@ -103,12 +103,12 @@ def with_known_vocabulary(config: RunConfig) -> RunConfig:
     return config
 
 
-def moment_row(moment: Moment, step: StepPlan) -> dict[str, Any]:
+def outlook_row(outlook: Outlook, step: StepPlan) -> dict[str, Any]:
     """One row of the first tables, with everything in it."""
     memory = asdict(step.memory) | {"total": step.memory.total}
     return {
-        "moment": moment.name,
-        "mean_rank": fmean(moment.ranks.values()) if moment.ranks else None,
+        "outlook": outlook.name,
+        "mean_rank": fmean(outlook.ranks.values()) if outlook.ranks else None,
         "parameters": step.parameters,
         "trained_parameters": step.trained_parameters,
         "flops_per_token": step.flops_per_token,
@@ -167,24 +167,24 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
-def print_moments(rows: Sequence[dict[str, Any]], machine: Machine, assumed: Assumptions) -> None:
-    """Parameters, arithmetic and memory, then messages, then seconds, a line for each moment."""
+def print_outlooks(rows: Sequence[dict[str, Any]], machine: Machine, assumed: Assumptions) -> None:
+    """Parameters, arithmetic and memory, then messages, then seconds, a line for each outlook."""
     cells = []
     for row in rows:
         rank = "–" if row["mean_rank"] is None else f"{row['mean_rank']:.0f}"
         counts = [f"{row['parameters']:,}", f"{row['flops_per_token']:.3e}", f"{row['step_flops']:.3e}"]
-        cells.append([row["moment"], rank, *counts])
+        cells.append([row["outlook"], rank, *counts])
     _print_table(["ranks", "mean", "parameters", "FLOPs/token", "FLOPs/step"], cells)
     parts = ["weights", "gradients", "optimizer", "activations", "buffers", "total", "host"]
     usable = assumed.usable * machine.memory_bytes
     print(f"\nGB of one process, at its fullest ({_gigabytes(usable)} usable)")
     _print_table(
         ["ranks", *parts],
-        [[row["moment"], *(_gigabytes(row["memory_bytes"][part]) for part in parts)] for row in rows],
+        [[row["outlook"], *(_gigabytes(row["memory_bytes"][part]) for part in parts)] for row in rows],
     )
     print("\nmessages of one process in a step: how many, GB asked for, GB sent, ms")
     cells = [
-        [row["moment"], t["what"], t["group"], f"{t['collectives']:,}", *_sizes(t)]
+        [row["outlook"], t["what"], t["group"], f"{t['collectives']:,}", *_sizes(t)]
         for row in rows
         for t in row["traffic"]
     ]
@@ -196,7 +196,7 @@ def print_moments(rows: Sequence[dict[str, Any]], machine: Machine, assumed: Ass
     parts = ["compute", "tensor", "data", "host", "step"]
     _print_table(
         ["ranks", *parts],
-        [[row["moment"], *(f"{row[f'{part}_seconds'] * 1e3:,.1f}" for part in parts)] for row in rows],
+        [[row["outlook"], *(f"{row[f'{part}_seconds'] * 1e3:,.1f}" for part in parts)] for row in rows],
     )
 
 
@@ -278,7 +278,7 @@ def main() -> None:
     config = with_known_vocabulary(load_config(arguments.config, arguments.overrides))
     surroundings = _surroundings(arguments)
     machine, assumed = surroundings.machine(), surroundings.assumptions(config.train.precision)
-    found = moments(config)
+    found = outlooks(config)
     largest = found[-2] if len(found) > 1 else found[-1]
     setup = fitting_setup(config, largest, machine, assumed)
 
@@ -304,10 +304,10 @@ def main() -> None:
             f"warning: parallel.tensor {layout.tensor} reaches over nodes of {machine.devices_per_node} devices, and "
             "its messages wait for the network in every layer\n"
         )
-    rows = [moment_row(moment, plan_step(moment, setup, machine, assumed)) for moment in found]
-    print_moments(rows, machine, assumed)
+    rows = [outlook_row(outlook, plan_step(outlook, setup, machine, assumed)) for outlook in found]
+    print_outlooks(rows, machine, assumed)
 
-    ours, dense = (scaling(config, moment, setup, machine, assumed) for moment in (largest, found[-1]))
+    ours, dense = (scaling(config, outlook, setup, machine, assumed) for outlook in (largest, found[-1]))
     scaled = [scaling_row(*pair, machine, assumed) for pair in zip(ours, dense, strict=True)]
     print(f"\nthe same global batch on more processes, ranks as in {largest.name}")
     print_scaling(scaled)
@@ -318,7 +318,7 @@ def main() -> None:
             "layout": asdict(setup),
             "machine": asdict(machine),
             "assumptions": asdict(assumed),
-            "moments": rows,
+            "outlooks": rows,
             "scaling": scaled,
             "stops": stops,
         }

@@ -165,6 +165,11 @@ def tensor_collectives(
     return TensorTraffic(config, tensor_size, tokens, element_bytes).step(ranks)
 
 
+def padded_group(numbers: int, processes: int) -> int:
+    """Numbers of an optimizer group's flat tensor, of which each of `processes` holds an equal part."""
+    return round_up(numbers, _ZERO_ALIGNMENT * processes)
+
+
 def gradient_and_parameter_bytes(
     stage: int, group_sizes: Sequence[int], processes: int, micro_steps: int, element_bytes: int
 ) -> dict[Kind, int]:
@@ -181,6 +186,6 @@ def gradient_and_parameter_bytes(
     reductions = micro_steps if stage == 2 else 1
     sent: dict[Kind, int] = {"all_reduce": reductions * sum(group_sizes) * element_bytes}
     if stage > 0:
-        padded = [round_up(size, _ZERO_ALIGNMENT * processes) for size in group_sizes]
+        padded = [padded_group(size, processes) for size in group_sizes]
         sent["all_gather"] = sum(padded) * element_bytes
     return sent

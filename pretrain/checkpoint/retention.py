@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.checkpoint.format import LATEST_NAME
 from pretrain.checkpoint.reader import ASIDE_PATTERN, read_manifest, step_folders
 from pretrain.errors import CheckpointError
-from pretrain.resilience.watchdog import reach
+from pretrain.resilience import heartbeat
 
 LEFTOVER_PATTERN = re.compile(rf"\.(staging|removed)_step_[0-9]{{9,12}}|\.{LATEST_NAME}\.[0-9]+")
 FEWEST = 2
@@ -65,7 +65,7 @@ def discard(folder: Path) -> None:
     """Takes a folder out of sight, then removes it."""
     gone = folder.with_name(f".removed_{folder.name.removeprefix('.replaced_')}")
     os.rename(folder, gone)
-    reach("save.prune")
+    heartbeat.at("save.prune")
     _remove_what_goes(gone)
 
 

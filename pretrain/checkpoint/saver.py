@@ -19,7 +19,7 @@ from pathlib import Path
 from pretrain.checkpoint.format import Fragment
 from pretrain.checkpoint.writer import CheckpointWrite
 from pretrain.errors import CheckpointError
-from pretrain.resilience.watchdog import reach
+from pretrain.resilience import heartbeat
 
 _NO_HOST_MEMORY = "DefaultCPUAllocator"
 """In what torch says when the host has no memory left; it has no class of its own for that, and raises RuntimeErrors of
@@ -109,9 +109,9 @@ class Saver:
         while pending.thread.is_alive():
             if pending.write.fragments_written > seen:
                 seen = pending.write.fragments_written
-                reach("save.waiting")
+                heartbeat.at("save.waiting")
             pending.thread.join(1.0)
-        reach("save.waiting")
+        heartbeat.at("save.waiting")
         self._stall_seconds += time.perf_counter() - start
         self._commit_pending()
 

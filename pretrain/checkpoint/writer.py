@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from pydantic import ValidationError
 from torch import Tensor
@@ -58,8 +57,9 @@ from pretrain.checkpoint.format import (
 from pretrain.checkpoint.reader import read_manifest
 from pretrain.checkpoint.retention import FEWEST, Retention, clear_leftovers, discard, prune, remove
 from pretrain.disk import CHUNK_BYTES, commit_folder, replace_bytes, write_blocks
+from pretrain.distributed import gather, gather_to_first, process_number, vote
 from pretrain.errors import CheckpointError
-from pretrain.resilience.watchdog import reach
+from pretrain.resilience import heartbeat
 
 SPACE_MARGIN_BYTES = 2**20
 """Room for headers and the manifest."""
@@ -132,18 +132,18 @@ class CheckpointWrite:
         self.fragments_written = 0
         """Fragments of this process whose numbers the file system has taken: a write that goes on counts up."""
         self._outcome = f"the checkpoint of step {content.step} was not saved, earlier ones are as they were"
-        facts = _gather((content.step, content.tensor_size, _digest(content.layouts)))
+        facts = gather((content.step, content.tensor_size, _digest(content.layouts)))
         with self._cleaned_up(), _vote(self._outcome, content.root):
             _check_arguments(content, retention)
             if any(theirs != facts[0] for theirs in facts):
                 raise CheckpointError(
                     f"the processes disagree on (step, tensor-parallel size, parameters): {sorted(set(facts))}"
                 )
-            reach("save.begin", self.content.step)
-            if _process() == 0:
+            heartbeat.at("save.begin", self.content.step)
+            if process_number() == 0:
                 _manifest(content, [], [])
                 _prepare(content)
-                reach("save.staging", self.content.step)
+                heartbeat.at("save.staging", self.content.step)
 
     def fail(self, error: Exception) -> None:
         """What went wrong before `write`; told by `commit`, to everybody."""
@@ -154,7 +154,7 @@ class CheckpointWrite:
         count."""
         try:
             self._shard = _write_shard(self.content, fragments, self._count_fragment)
-            reach("save.written", self.content.step)
+            heartbeat.at("save.written", self.content.step)
         except Exception as error:
             self._failure = self._failure or error
 
@@ -164,26 +164,27 @@ class CheckpointWrite:
     def commit(self) -> Path:
         """All processes call it together, each after its `write`. Afterwards the folder holds the new checkpoint and
         the earlier ones that `retention` keeps."""
-        content, first = self.content, _process() == 0
+        content, first = self.content, process_number() == 0
         with self._cleaned_up():
             with _vote(self._outcome, content.staging):
                 if self._failure is not None:
                     raise self._failure
-            shards = _gather_to_first(self._shard)
+            shards = gather_to_first(self._shard)
             with _vote(self._outcome, content.staging):
                 if first:
                     extra = [_copy(source, content.staging / name) for name, source in content.extra_files.items()]
                     written = [record for record in shards if record is not None]
                     write_blocks(content.staging / MANIFEST_NAME, [_manifest(content, written, extra)])
                     read_manifest(content.staging)  # what the reader would refuse is not committed
-                    reach("save.manifest", self.content.step)
-                    commit_folder(content.staging, content.target, _aside(content.target), partial(reach, "save.aside"))
+                    heartbeat.at("save.manifest", self.content.step)
+                    aside = _aside(content.target)
+                    commit_folder(content.staging, content.target, aside, partial(heartbeat.at, "save.aside"))
         self.committed = True
         with _vote(f"the checkpoint of step {content.step} is saved, but what follows failed", content.root):
             if first:
-                reach("save.renamed", self.content.step)
+                heartbeat.at("save.renamed", self.content.step)
                 replace_bytes(content.root / LATEST_NAME, f"{content.target.name}\n".encode())
-                reach("save.pointer", self.content.step)
+                heartbeat.at("save.pointer", self.content.step)
                 if os.path.lexists(_aside(content.target)):
                     discard(_aside(content.target))
                 prune(content.root, content.step, self.retention)
@@ -194,48 +195,20 @@ class CheckpointWrite:
         try:
             yield
         except CheckpointError:
-            if _process() == 0:
+            if process_number() == 0:
                 # The reason of the failure must not be lost to a second one; the next save clears what stays behind.
                 shutil.rmtree(self.content.staging, ignore_errors=True)
             raise
 
 
-def _process() -> int:
-    """Number of this process in the default group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(value: Any) -> list[Any]:
-    """Everybody's value, at everybody's."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _gather_to_first(value: Any) -> list[Any]:
-    """Everybody's value at process 0, nothing elsewhere."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size() if _process() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
-
-
-@contextmanager
-def _vote(outcome: str, folder: Path) -> Iterator[None]:
+def _vote(outcome: str, folder: Path) -> AbstractContextManager[None]:
     """Runs its body on all processes; where it failed on one, all raise the first one's error in the same words."""
-    cause = None
-    try:
-        yield
-    except Exception as error:
-        cause = error
-    for process, reason in enumerate(_gather(None if cause is None else _reason(cause, folder))):
-        if reason is not None:
-            failure = CheckpointError(f"{outcome}: on process {process}, {reason}")
-            failure.agreed = True
-            raise failure from cause
+
+    def explained(error: Exception) -> CheckpointError:
+        process, reason = process_number(), _reason(error, folder)
+        return CheckpointError(f"{outcome}: on process {process}, {reason}")
+
+    return vote(explained)
 
 
 def _reason(error: Exception, folder: Path) -> str:
@@ -337,7 +310,7 @@ def _write_shard(
         )
     if not records:
         return None
-    file = shard_name(tensor_index, _process())
+    file = shard_name(tensor_index, process_number())
     shapes = {name: tuple(values.shape) for name, values in tensors.items()}
     size, checksum = write_tensors(staging / file, shapes, _in_fp32(tensors.values(), content.step, count_fragment))
     return ShardRecord(file=file, bytes=size, checksum=checksum, tensor_index=tensor_index, fragments=records)
@@ -347,7 +320,7 @@ def _in_fp32(tensors: Collection[Tensor], step: int, count_fragment: Callable[[]
     """One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model."""
     for number, values in enumerate(tensors):
         if number == len(tensors) // 2:
-            reach("save.shard", step)
+            heartbeat.at("save.shard", step)
         yield values.float()
         count_fragment()
 

@@ -17,8 +17,9 @@ from pretrain.config.data import DataConfig
 from pretrain.config.files import explain, find_file, merge, parse_override, read_settings
 from pretrain.config.parallel import Layout, lay_out
 from pretrain.errors import ConfigError
-from pretrain.policies import RankConfig, check_rank_config, with_default_pace
-from pretrain.schedule import BatchRamp, OptimizerConfig, ScheduleConfig, check_ramp, check_schedule
+from pretrain.policies.policy import RankConfig
+from pretrain.policies.select import check_rank_config, with_defaults
+from pretrain.schedule import BatchRamp, OptimizerConfig, ScheduleConfig, check_ramp, check_schedule, samples_before
 
 
 class _Section(BaseModel):
@@ -254,8 +255,8 @@ class RunConfig(_Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")
-    def _growth_has_a_pace(self) -> "RunConfig":
-        return self.model_copy(update={"rank": with_default_pace(self.rank, self.train.steps)})
+    def _policy_fills_settings_in(self) -> "RunConfig":
+        return self.model_copy(update={"rank": with_defaults(self.rank, self.train.steps)})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -315,6 +316,12 @@ class RunConfig(_Section):
             self.train.global_batch,
             self.train.batch_ramp,
         )
+
+    def samples_at_end(self, step: int, consumed: int) -> int:
+        """Sequences consumed at the end by a run that has `consumed` behind it at `step`, whatever its batches were."""
+        train = self.train
+        end, now = (samples_before(moment, train.global_batch, train.batch_ramp) for moment in (train.steps, step))
+        return consumed + end - now
 
     def initial_ranks(self) -> dict[str, int]:
         """Rank at the start of every factored layer, by `Projection.name`; empty for a dense model."""

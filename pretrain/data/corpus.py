@@ -27,6 +27,7 @@ from pretrain.config.run import RunConfig
 from pretrain.data.document_mask import NUMBER_TYPES, WithinDocuments, document_bounds, outside_mask
 from pretrain.data.index_cache import build_in_order
 from pretrain.data.index_check import CorpusFacts, check_index
+from pretrain.distributed import together
 from pretrain.errors import DataError
 from pretrain.tokenizer.base import Tokenizer
 from pretrain.tokenizer.load import open_tokenizer
@@ -259,7 +260,4 @@ def _together(action: Callable[[], Result]) -> Result:
     """Runs `action`; with a process group, an error in one process is raised in all."""
     if not dist.is_initialized():
         return action()
-    # Brings DeepSpeed, which a corpus without a process group does not need.
-    from pretrain.distributed import together
-
     return together(action)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from pretrain.distributed import together
 from pretrain.errors import DataError
 
 INDEX_FOLDER = "sample_indices"
@@ -31,8 +32,6 @@ def build_in_order(cache: Path, needed_bytes: int, build: Build[Datasets]) -> Da
     if not dist.is_initialized():
         _make_folder(folder, needed_bytes)
         return build(folder, lambda: True)
-    from pretrain.distributed import together
-
     is_first = dist.get_rank() == 0
     together(lambda: _make_folder(folder, needed_bytes) if is_first else None)
     marks: list[Any] = [_mark(folder) if is_first else None]
@@ -54,8 +53,6 @@ def build_in_order(cache: Path, needed_bytes: int, build: Build[Datasets]) -> Da
 
 def _send_files(source: Path | None, target: Path | None) -> None:
     """Copies the files of the first process's `source` to `target`, where one is given; a collective."""
-    from pretrain.distributed import together
-
     pieces = _pieces(source) if source is not None else None
     while True:
         sent: list[Any] = [next(pieces, None) if pieces is not None else None]

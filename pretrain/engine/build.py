@@ -15,20 +15,18 @@ from model.gpt import EspalierModel
 from model.process_groups import DeepSpeedProcessGroups
 from pretrain.engine.gradient_scan import TIMERS_OFF, attach, norm_of, squared_norm, sum_over_processes
 from pretrain.engine.zero3 import fetch_tied_weight, forget_engine, hold_while_recomputing, partition, shape_of
-from pretrain.schedule import OptimizerConfig
+from pretrain.schedule import OptimizerConfig, has_weight_decay
 
 
 def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Plain weight decay for dense weights and embeddings alone.
+    """The trained parameters with weight decay, and those without.
 
-    On a factor it would be a nuclear-norm pressure on the product, since (‖A‖² + ‖B‖²) / 2 ≥ ‖BA‖_*, and fight growth.
     Frozen parameters are in no group, and a group that would be empty is left out: DeepSpeed 0.19.8 cannot flatten it.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.trained_parameters().items():
-        dense_weight = len(shape_of(parameter)) > 1 and not name.endswith((".A", ".B"))
-        (decayed if dense_weight else others).append(parameter)
+        (decayed if has_weight_decay(name, len(shape_of(parameter))) else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

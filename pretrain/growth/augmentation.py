@@ -46,8 +46,9 @@ from pretrain.errors import agreed
 from pretrain.growth.probe import Demand
 from pretrain.growth.spectra import row_norms
 from pretrain.growth.stash import Stash, host_copy
-from pretrain.policies import LayerMeasurement, Policy, RankConfig, decide_ranks
-from pretrain.resilience.watchdog import reach
+from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, decide_ranks
+from pretrain.resilience import heartbeat
+from pretrain.train_state import GrowthRecord
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,13 @@ class RankMeasurement:
 
 
 @dataclass(frozen=True)
-class GrowthPlan:
-    """What an event does: new ranks, and the norm of new rows where they grow, by `Projection.name`; layers that stay
-    are left out."""
+class RankPlan:
+    """What a growth event does: new ranks, higher or lower, and the norm of new rows where they grow, by
+    `Projection.name`; layers that stay are left out."""
 
     step: int
     ranks: dict[str, int]
     row_norms: dict[str, float]
-
-
-@dataclass(frozen=True)
-class GrowthRecord:
-    """What an event did: ranks of the layers that changed, how long training stood still, and how far the logits of a
-    fixed batch moved, of their scale; None where directions were cut, and in records of earlier versions."""
-
-    step: int
-    consumed_samples: int
-    before: dict[str, int]
-    after: dict[str, int]
-    seconds: float
-    logit_change: float | None = None
 
 
 def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[LayerMeasurement]:
@@ -117,14 +105,14 @@ def layer_measurements(model: EspalierModel, measured: RankMeasurement) -> list[
     ]
 
 
-def plan_growth(
+def plan_ranks(
     model: EspalierModel,
     policy: Policy,
     rank: RankConfig,
     step: int,
     measured: RankMeasurement,
     affordable: int | None = None,
-) -> GrowthPlan | None:
+) -> RankPlan | None:
     """Process 0's decision from the reduced measurements, the same for all; a collective.
 
     `affordable`: parameters that all factored layers together may have after the event; None: any number.
@@ -136,12 +124,12 @@ def plan_growth(
     if not ranks:
         return None
     present = model.ranks()
-    return GrowthPlan(step, ranks, row_norms(model, [name for name in ranks if ranks[name] > present[name]]))
+    return RankPlan(step, ranks, row_norms(model, [name for name in ranks if ranks[name] > present[name]]))
 
 
 def augment(
     engine: DeepSpeedEngine,
-    plan: GrowthPlan,
+    plan: RankPlan,
     *,
     rebuild: Callable[[EspalierModel], DeepSpeedEngine],
     seed: int,
@@ -165,21 +153,21 @@ def augment(
     _refuse_non_finite(expected, plan.step)
     changes = _factor_changes(model, plan, directions or {}, seed)
     with Stash(engine, _size_ratio(model, plan)) as stash:
-        reach("event.stashed", plan.step)
+        heartbeat.at("event.stashed", plan.step)
         tear_down(engine)
         for name, change in changes.items():
             _change_factors(model.factored_layers()[name], change)
-        reach("event.changed")
+        heartbeat.at("event.changed")
         release_free_memory()  # the new engine's tensors are as large as the old one's, and fit into no hole between
         engine = rebuild(model)
-        reach("event.rebuilt")
+        heartbeat.at("event.rebuilt")
         state = optimizer_state(engine)
         for name in model.trained_parameters():
             for key in KEYS:
                 state.load(name, {key: _changed_state(name, key, stash.take(name, key), changes)})
         state.finish_loading()
         state.load_counters(stash.counters)
-    reach("event.restored")
+    heartbeat.at("event.restored")
     moved = None
     if all(isinstance(change, _Growth) for change in changes.values()):  # cutting directions does change the function
         moved = _check_logits(expected, _fixed_batch_logits(engine))
@@ -188,7 +176,7 @@ def augment(
     return engine, GrowthRecord(plan.step, consumed_samples, changed, plan.ranks, time.perf_counter() - start, moved)
 
 
-def _size_ratio(model: EspalierModel, plan: GrowthPlan) -> float:
+def _size_ratio(model: EspalierModel, plan: RankPlan) -> float:
     """Trained parameters after the event, as a multiple of those before."""
     numbers = sum(shape_of(parameter).numel() for parameter in model.trained_parameters().values())
     layers = model.factored_layers()
@@ -199,7 +187,7 @@ def _size_ratio(model: EspalierModel, plan: GrowthPlan) -> float:
     return (numbers + added) / numbers
 
 
-def _agree_on(plan: GrowthPlan, present: Mapping[str, int]) -> None:
+def _agree_on(plan: RankPlan, present: Mapping[str, int]) -> None:
     text = json.dumps([asdict(plan), dict(present)], sort_keys=True)
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest())
@@ -251,7 +239,7 @@ class _Truncation:
 
 @torch.no_grad()
 def _factor_changes(
-    model: EspalierModel, plan: GrowthPlan, directions: Mapping[str, Tensor], seed: int
+    model: EspalierModel, plan: RankPlan, directions: Mapping[str, Tensor], seed: int
 ) -> dict[str, _Growth | _Truncation]:
     """What happens to each layer, by name; a collective."""
     changes: dict[str, _Growth | _Truncation] = {}
@@ -270,7 +258,7 @@ def _factor_changes(
 
 
 def _new_rows(
-    name: str, layer: LayerWithFactors, count: int, plan: GrowthPlan, directed: Tensor | None, seed: int
+    name: str, layer: LayerWithFactors, count: int, plan: RankPlan, directed: Tensor | None, seed: int
 ) -> Tensor:
     """This process's columns of the new rows of A, `(count, in/tp)`: the directed ones first."""
     norm, sharded = plan.row_norms[name], is_sharded(layer.A)

@@ -20,7 +20,7 @@ from model.sharding import TensorLayout
 from pretrain.config.run import RunConfig, differing_architecture
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.policies import build_policy, check_start_ranks
+from pretrain.policies.select import build_policy, check_start_ranks
 from pretrain.tokenizer.base import Tokenizer
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,19 +25,19 @@ from pretrain.disk import open_tensors
 from pretrain.distributed import is_first_process, together
 from pretrain.errors import CheckpointError
 from pretrain.growth.augmentation import (
-    GrowthPlan,
     RankMeasurement,
+    RankPlan,
     layer_measurements,
-    plan_growth,
+    plan_ranks,
 )
 from pretrain.growth.initial_values import initial_factors
 from pretrain.growth.probe import GradientProbe
 from pretrain.growth.spectra import measure_spectra, measure_updates
-from pretrain.policies import affordable_parameters, build_policy
-from pretrain.policies.explained_ratio import untrained_ranks
+from pretrain.policies.budget import affordable_parameters
 from pretrain.policies.gradient import PROBED_STEPS
+from pretrain.policies.select import build_policy
 from pretrain.schedule import global_batch_at
-from pretrain.train_state import TrainState, samples_of_the_run
+from pretrain.train_state import TrainState
 
 PROBE_NAME = "probe.safetensors"
 """Extra file of a checkpoint written between two probed steps."""
@@ -47,7 +47,7 @@ PROBE_NAME = "probe.safetensors"
 class Answer:
     """What the policy wants, and what asking it cost."""
 
-    plan: GrowthPlan | None
+    plan: RankPlan | None
     """None: ranks stay."""
     directions: Mapping[str, Tensor]
     """Measured rows `(any, in/tp)` for layers that grow, by `Projection.name`."""
@@ -84,15 +84,18 @@ class RankControl:
             demand={} if self._probe is None else self._probe.demand(model),
         )
         affordable = self._affordable_parameters(model, state)
-        plan = plan_growth(model, self._policy, self._config.rank, state.step, measured, affordable)
+        plan = plan_ranks(model, self._policy, self._config.rank, state.step, measured, affordable)
         directed = measured.demand if self._config.rank.directed else {}
         directions = {name: demand.rows for name, demand in directed.items()}
         return Answer(plan, directions, time.perf_counter() - start + self._extra_seconds(), flops)
 
-    def mean_untrained_rank(self, model: EspalierModel) -> float:
-        """The null of the explained-ratio rule: the mean rank it would reach if training never changed the factors."""
+    def mean_untrained_rank(self, model: EspalierModel) -> float | None:
+        """The null of the policy: the mean rank it would reach if training never changed the factors; None where it
+        would not grow them."""
+        if not self._policy.grows_untrained:
+            return None
         layers = layer_measurements(model, RankMeasurement(product=measure_spectra(model)))
-        ranks = untrained_ranks(layers, self._config.rank)
+        ranks = self._policy.untrained_ranks(layers)
         return sum(ranks.values()) / len(ranks)
 
     def _affordable_parameters(self, model: EspalierModel, state: TrainState) -> int | None:
@@ -100,9 +103,9 @@ class RankControl:
             self._config.rank,
             factored_projections(self._config.model),
             model.ranks(),
-            [asdict(record) for record in state.growth],
+            state.growth,
             state.consumed_samples,
-            samples_of_the_run(self._config, state.step, state.consumed_samples),
+            self._config.samples_at_end(state.step, state.consumed_samples),
         )
 
     # Probed steps -----------------------------------------------------------------------------------------------------

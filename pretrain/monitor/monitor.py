@@ -7,8 +7,8 @@ Training never ends because it could not be shown: a writer that fails with an O
 once and left alone from then on. A failed checkpoint is another matter (`pretrain/checkpoint/saver.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from model.costs.arithmetic import total_parameters, trained_parameters, trainin
 from pretrain.config.run import RunConfig
 from pretrain.devices import peak_flops
 from pretrain.disk import JsonLines, json_text, replace_text
+from pretrain.loss import perplexity
 from pretrain.monitor import figures
 from pretrain.monitor.board import Board, memory_scalars
 from pretrain.monitor.console import Console
@@ -35,52 +36,15 @@ from pretrain.monitor.spectrum_report import (
     tracking_scalars,
 )
 from pretrain.monitor.spending import Spending
-from pretrain.monitor.summary import dense_flops_ratio, perplexity, rank_history, summary_text
+from pretrain.monitor.summary import dense_flops_ratio, summary_text
+from pretrain.train_state import GrowthRecord, StepMetrics, TrainState, Validation
 
 SPECTRA_FILE = "spectra.json"
 """The newest singular values of the factored layers."""
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One logged step, the same on every process."""
-
-    lm_loss: float
-    """Mean over all predicted tokens of the step, in nats per token."""
-    grad_norm: float
-    """Norm of the whole gradient, before clipping."""
-    learning_rate: float
-    step_seconds: float
-    """Wall-clock time of this step."""
-    global_batch: int
-    """Sequences in the step."""
-    consumed_samples: int
-    consumed_tokens: int
-    skipped_steps: int
-    loss_scale: float | None = None
-    """fp16 only."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a validation found in one held-out set."""
-
-    lm_loss: float
-    """Mean over all predicted tokens, in nats per token."""
-    bits_per_byte: float | None = None
-    """Causal objective only: hidden tokens are no text."""
-    accuracy: float | None = None
-    """Share of the tokens predicted right; masked objective only."""
-
-    def facts(self) -> dict[str, float]:
-        """What there is of it, by name."""
-        facts = {"lm_loss": self.lm_loss, "ppl": perplexity(self.lm_loss)}
-        others = {"bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
-        return facts | {name: value for name, value in others.items() if value is not None}
-
-
 class Monitor:
-    """Everything a run shows. `growth` is what a resumed checkpoint's state says, `ranks` those the model has now."""
+    """Everything a run shows. `ranks` are those the model has now, `state` is what a resumed checkpoint says."""
 
     def __init__(
         self,
@@ -90,15 +54,17 @@ class Monitor:
         *,
         active: bool,
         processes: int = 1,
-        resumed_step: int = 0,
-        growth: Sequence[Mapping[str, Any]] = (),
+        state: TrainState | None = None,
     ) -> None:
+        state = state or TrainState()
+        resumed_step = state.step
         self._folder, self._config, self._ranks = folder, config, dict(ranks)
         self._active, self._processes = active, processes
         self._console = Console(config.train.steps, resumed_step, silent=not active)
         self._layers = factored_projections(config.model)
         self._labels = {layer.name: layer.label for layer in projections(config.model)}
-        self.rank_history = rank_history(ranks, growth)
+        self.rank_history = [(period.step, period.ranks) for period in state.rank_periods(ranks)]
+        """The steps at which ranks changed, and the ranks from there on."""
         self._since_logged: list[StepMetrics] = []
         self._warned = False
         self._board: Board | None = None
@@ -177,28 +143,21 @@ class Monitor:
         self._record("decision", step, {"seconds": seconds, "flops": flops})
         self._scalars(step, {"time/decision_seconds": seconds})
 
-    def augmentation(
-        self,
-        step: int,
-        before: Mapping[str, int],
-        after: Mapping[str, int],
-        seconds: float,
-        logit_change: float | None = None,
-    ) -> None:
-        """Ranks that changed after `step` steps: the old and the new ones, of the layers that changed, and how far
-        logits moved where they should not."""
+    def augmentation(self, growth: GrowthRecord) -> None:
+        """A growth event: ranks have changed."""
         if not self._active:
             return
-        self._ranks |= after
-        self._spending.seconds += seconds
+        step, logit_change = growth.step, growth.logit_change
+        self._ranks |= growth.after
+        self._spending.seconds += growth.seconds
         self._spending.set_ranks(self._ranks)
         self.rank_history.append((step, dict(self._ranks)))
-        facts = {"layers": len(after), "mean_rank": self._mean_rank(), "seconds": seconds}
+        facts = {"layers": len(growth.after), "mean_rank": self._mean_rank(), "seconds": growth.seconds}
         moved = {} if logit_change is None else {"logit_change": logit_change}
-        self._record("augmentation", step, {**facts, **moved, "before": dict(before), "after": dict(after)})
+        self._record("augmentation", step, {**facts, **moved, "before": growth.before, "after": growth.after})
         self._console.event("augmentation", step, facts)
         scalars = {f"augmentation/{name}": value for name, value in moved.items()}
-        self._scalars(step, {"time/augmentation_seconds": seconds, **scalars})
+        self._scalars(step, {"time/augmentation_seconds": growth.seconds, **scalars})
         self._show_ranks(step)
 
     def spectra(self, step: int, singular_values: Mapping[str, ArrayLike]) -> None:

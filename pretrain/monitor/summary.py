@@ -5,7 +5,6 @@ of tokens through the dense model. That ratio is arithmetic, not time: what of i
 device.
 """
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,8 @@ from typing import Any
 
 from model.costs.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from pretrain.config.run import RunConfig
-
-
-def perplexity(lm_loss: float) -> float:
-    """exp of a loss in nats per token; infinite where it would overflow."""
-    return math.inf if lm_loss > 700.0 else math.exp(lm_loss)
+from pretrain.loss import perplexity
+from pretrain.train_state import RankPeriod, TrainState, Validation
 
 
 def dense_flops_ratio(config: RunConfig, ranks: Mapping[str, int]) -> float:
@@ -25,88 +21,56 @@ def dense_flops_ratio(config: RunConfig, ranks: Mapping[str, int]) -> float:
     return training_flops_per_token(config.model, {}) / training_flops_per_token(config.model, ranks)
 
 
-def executed_flops(
-    config: RunConfig, ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]], consumed_samples: int
-) -> tuple[float, float]:
-    """FLOPs of a run so far as executed, and through the dense model; `ranks`: after the last growth."""
-    current = dict(ranks)
-    executed = 0.0
-    end = consumed_samples
-    length = config.model.sequence_length
-    for event in reversed(growth):
-        executed += length * (end - event["consumed_samples"]) * training_flops_per_token(config.model, current)
-        current |= event["before"]
-        end = event["consumed_samples"]
-    executed += length * end * training_flops_per_token(config.model, current)
-    dense = length * consumed_samples * training_flops_per_token(config.model, {})
-    return float(executed), float(dense)
+def executed_flops(config: RunConfig, periods: Sequence[RankPeriod]) -> tuple[float, float]:
+    """FLOPs of a run so far as executed, and through the dense model."""
+    length, dense = config.model.sequence_length, training_flops_per_token(config.model, {})
+    executed = sum(length * one.samples * training_flops_per_token(config.model, one.ranks) for one in periods)
+    return float(executed), float(dense * length * sum(one.samples for one in periods))
 
 
 def summarize(
     config: RunConfig,
     ranks: Mapping[str, int],
-    growth: Sequence[Mapping[str, Any]],
+    state: TrainState,
     *,
-    step: int,
-    consumed_samples: int,
     lm_loss: float,
-    validation_loss: float | None,
-    skipped_steps: int,
+    validation: Validation | None,
     checkpoint: Path | None,
-    accuracy: float | None = None,
 ) -> dict[str, Any]:
-    """The facts of a run that took `step` steps.
+    """The facts of a run that stands at `state`.
 
-    `growth` is as in a checkpoint's state, `ranks` are the present ones, `checkpoint` is the last one committed,
-    `accuracy` is a masked objective's. There the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
+    `ranks` are the present ones, `lm_loss` and `validation` the last ones, `checkpoint` is the last one committed. The
+    perplexity of a masked objective is exp of the loss of a hidden token, a pseudo-perplexity.
     """
-    executed, dense = executed_flops(config, ranks, growth, consumed_samples)
-    best = validation_loss if validation_loss is not None else lm_loss
+    periods = state.rank_periods(ranks)
+    executed, dense = executed_flops(config, periods)
     return {
         "objective": config.train.objective,
-        "step": step,
+        "step": state.step,
         "steps": config.train.steps,
-        "skipped_steps": skipped_steps,
-        "consumed_tokens": config.model.sequence_length * consumed_samples,
+        "skipped_steps": state.skipped_steps,
+        "consumed_tokens": config.model.sequence_length * state.consumed_samples,
         "lm_loss": lm_loss,
-        "validation_loss": validation_loss,
-        "accuracy": accuracy,
-        "perplexity": perplexity(best),
-        "mean_rank": sum(ranks.values()) / len(ranks) if ranks else None,
+        "validation_loss": None if validation is None else validation.lm_loss,
+        "accuracy": None if validation is None else validation.accuracy,
+        "perplexity": perplexity(lm_loss if validation is None else validation.lm_loss),
+        "mean_rank": _mean(ranks) if ranks else None,
         "parameters": total_parameters(config.model, ranks),
         "trained_parameters": trained_parameters(config.model, ranks),
         "dense_parameters": total_parameters(config.model, {}),
         "training_flops": executed,
         "dense_training_flops": dense,
         "augmentations": [
-            {"step": event["step"], "mean_rank": rank, "seconds": event["seconds"]}
-            for event, rank in zip(growth, _mean_ranks_after(ranks, growth), strict=True)
+            {"step": record.step, "mean_rank": _mean(period.ranks), "seconds": record.seconds}
+            for record, period in zip(state.growth, periods[1:], strict=True)
         ],
-        "augmentation_seconds": sum(event["seconds"] for event in growth),
+        "augmentation_seconds": sum(record.seconds for record in state.growth),
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
 
 
-def _mean_ranks_after(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Mean rank after each event, from the present ranks backwards."""
-    current, means = dict(ranks), []
-    for event in reversed(growth):
-        means.append(sum(current.values()) / len(current))
-        current |= event["before"]
-    return means[::-1]
-
-
-def rank_history(ranks: Mapping[str, int], growth: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
-    """The steps at which ranks changed and the ranks from there on, walked back from the present ones."""
-    if not ranks:
-        return []
-    current = dict(ranks)
-    history = []
-    for event in sorted(growth, key=lambda event: event["step"], reverse=True):
-        history.append((event["step"], dict(current)))
-        current |= event["before"]
-    history.append((0, current))
-    return history[::-1]
+def _mean(ranks: Mapping[str, int]) -> float:
+    return sum(ranks.values()) / len(ranks)
 
 
 def summary_text(facts: Mapping[str, Any], folder: Path) -> str:

@@ -19,7 +19,7 @@ from pretrain.config.run import RunConfig
 from pretrain.devices import processes_of_machine
 from pretrain.errors import ConfigError
 from pretrain.planning.memory import MemoryPlan, Setup, plan_memory
-from pretrain.planning.rank_outlook import Moment
+from pretrain.planning.rank_outlook import Outlook
 from pretrain.planning.step import Assumptions, Machine, setup_of, zero_buffers
 
 _FAR = 3.0
@@ -61,17 +61,17 @@ def check_memory(config: RunConfig, processes: int) -> None:
             )
 
 
-def fitting_setup(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> Setup:
+def fitting_setup(config: RunConfig, outlook: Outlook, machine: Machine, assumed: Assumptions) -> Setup:
     """The config's own setup; ConfigError with the numbers, and with the nearest one that fits, if it does not."""
     try:
         config.layout(machine.processes)
     except ConfigError as error:
-        raise ConfigError(f"{error}; {_proposal(config, moment, machine, assumed)}") from error
+        raise ConfigError(f"{error}; {_proposal(config, outlook, machine, assumed)}") from error
     setup = setup_of(config, machine.processes, machine.gpu)
-    memory = plan_memory(moment.model, moment.ranks, setup)
+    memory = plan_memory(outlook.model, outlook.ranks, setup)
     if not fits(memory, machine, assumed):
         raise ConfigError(
-            f"{_excess(memory, machine, assumed)} at {moment.name}; {_proposal(config, moment, machine, assumed)}"
+            f"{_excess(memory, machine, assumed)} at {outlook.name}; {_proposal(config, outlook, machine, assumed)}"
         )
     return setup
 
@@ -96,12 +96,12 @@ def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
     )
 
 
-def _proposal(config: RunConfig, moment: Moment, machine: Machine, assumed: Assumptions) -> str:
+def _proposal(config: RunConfig, outlook: Outlook, machine: Machine, assumed: Assumptions) -> str:
     """The nearest layout that fits, in settings to change, or that there is none."""
-    candidates = sorted(_candidates(config, moment, machine), key=lambda candidate: candidate.distance)
+    candidates = sorted(_candidates(config, outlook, machine), key=lambda candidate: candidate.distance)
     needs: list[tuple[int, str]] = []
     for candidate in candidates:
-        memory, changes = plan_memory(moment.model, moment.ranks, candidate.setup), _changes(config, candidate)
+        memory, changes = plan_memory(outlook.model, outlook.ranks, candidate.setup), _changes(config, candidate)
         if fits(memory, machine, assumed):
             return f"the nearest that fits: {changes} ({memory.total / 1e9:,.1f} GB a process)"
         needs.append((memory.total, changes))
@@ -128,9 +128,9 @@ def _changes(config: RunConfig, candidate: Candidate) -> str:
     return " ".join(changed) or "the settings as they are"
 
 
-def _candidates(config: RunConfig, moment: Moment, machine: Machine) -> Iterator[Candidate]:
+def _candidates(config: RunConfig, outlook: Outlook, machine: Machine) -> Iterator[Candidate]:
     """Every combination of settings that divides, tensor parallelism within a node first of all."""
-    train, model = config.train, moment.model
+    train, model = config.train, outlook.model
     for tensor in _divisors(machine.devices_per_node) | {config.parallel.tensor}:
         for micro_batch in sorted({train.micro_batch} | {2**power for power in range(train.micro_batch.bit_length())}):
             quantum = micro_batch * machine.processes // tensor

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import ModelConfig, Recompute, round_up
+from model.config import ModelConfig, Recompute
 from model.costs.activations import FP32_BYTES, Activations, activation_bytes, loss_bytes, loss_in_place
+from model.costs.communication import padded_group
 from model.costs.parameter_shards import ParameterShard, parameter_shards
 from pretrain.config.parallel import Layout
+from pretrain.schedule import has_weight_decay
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_ALIGNMENT = 2
-"""DeepSpeed 0.19.8 pads each optimizer group to a multiple of this and the number of data-parallel processes."""
 _STAGE_0_BUCKET = 500_000_000
 
 
@@ -117,7 +117,7 @@ class _States:
 def optimizer_groups(shards: Iterable[ParameterShard]) -> list[list[ParameterShard]]:
     """Trained parameters as `pretrain/engine/build.py` groups them: with weight decay and without."""
     trained = [shard for shard in shards if shard.trained]
-    decayed = [s for s in trained if len(s.shape) > 1 and not s.name.endswith((".A", ".B"))]
+    decayed = [shard for shard in trained if has_weight_decay(shard.name, len(shard.shape))]
     others = [s for s in trained if s not in decayed]
     return [group for group in (decayed, others) if group]
 
@@ -186,7 +186,7 @@ def _flat(shards: Sequence[ParameterShard], setup: Setup) -> _States:
         weights, gradients = (frozen + trained) * e, trained * e
         step = gradients + min(trained, _STAGE_0_BUCKET) * e
         return _States(weights, gradients, 2 * FP32_BYTES * trained, bucket=0, standing=0, step=step)
-    padded = [round_up(sum(group), _ALIGNMENT * processes) for group in groups]
+    padded = [padded_group(sum(group), processes) for group in groups]
     partition = sum(padded) // processes
     touched = _most_touched(groups, [size // processes for size in padded], processes)
     largest = max(max(group) for group in groups)

@@ -4,19 +4,19 @@ A measuring policy decides by what it measures, so only its bounds are known bef
 layer, `rank.budget`, and that a rank at most doubles in one decision.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.config import ModelConfig, factored_projections
 from pretrain.config.run import RunConfig
-from pretrain.policies import affordable_parameters, check_due, rank_cap
-from pretrain.policies.policy import direction_cost
+from pretrain.policies.budget import affordable_parameters
+from pretrain.policies.policy import check_due, direction_cost, grant_quanta, rank_cap
+from pretrain.policies.select import POLICIES
 from pretrain.schedule import samples_before
 
 
 @dataclass(frozen=True)
-class Moment:
+class Outlook:
     """The ranks at one time of the run."""
 
     name: str
@@ -25,16 +25,15 @@ class Moment:
     """By `Projection.name`; empty for a dense model."""
 
 
-def moments(config: RunConfig) -> list[Moment]:
+def outlooks(config: RunConfig) -> list[Outlook]:
     """The run from its start to its largest ranks, and the dense model for comparison."""
     model, ranks = config.model, config.initial_ranks()
-    found = [Moment("start", model, ranks)] if ranks else []
-    if config.rank.policy == "schedule":
-        for event in config.rank.events:
-            found.append(Moment(f"step {event.step}", model, dict.fromkeys(ranks, event.rank)))
-    elif ranks and config.rank.policy != "fixed":
-        found.append(Moment("cap" if config.rank.budget is None else "budget", model, largest_ranks(config)))
-    return [*found, Moment("dense", dense_twin(model), {})]
+    found = [Outlook("start", model, ranks)] if ranks else []
+    for event in config.rank.events:
+        found.append(Outlook(f"step {event.step}", model, dict.fromkeys(ranks, event.rank)))
+    if ranks and POLICIES[config.rank.policy].measures:
+        found.append(Outlook("cap" if config.rank.budget is None else "budget", model, largest_ranks(config)))
+    return [*found, Outlook("dense", dense_twin(model), {})]
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:
@@ -52,15 +51,7 @@ def largest_ranks(config: RunConfig) -> dict[str, int]:
         samples_before(step, train.global_batch, train.batch_ramp) for step in (decisions[-1], train.steps)
     )
     affordable = affordable_parameters(rank, list(layers.values()), ranks, [], consumed, whole)
-    left = math.inf if affordable is None else affordable - sum(ranks[n] * direction_cost(p) for n, p in layers.items())
+    costs = {name: direction_cost(projection) for name, projection in layers.items()}
+    room = None if affordable is None else affordable - sum(ranks[name] * cost for name, cost in costs.items())
     caps = {n: min(rank_cap(p, rank.quantum), ranks[n] << len(decisions)) for n, p in layers.items()}
-    growing = list(layers)
-    while growing:
-        for name in list(growing):
-            cost = rank.quantum * direction_cost(layers[name])
-            if cost > left or ranks[name] + rank.quantum > caps[name]:
-                growing.remove(name)
-                continue
-            ranks[name] += rank.quantum
-            left -= cost
-    return ranks
+    return grant_quanta(ranks, caps, costs, rank.quantum, room)

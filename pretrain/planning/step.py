@@ -19,7 +19,7 @@ from pretrain.errors import ConfigError
 from pretrain.planning.communication import CommunicationPlan, Links, plan_communication
 from pretrain.planning.compute import Arithmetic, compute_seconds
 from pretrain.planning.memory import MemoryPlan, Setup, ZeroBuffers, plan_memory
-from pretrain.planning.rank_outlook import Moment, dense_twin
+from pretrain.planning.rank_outlook import Outlook, dense_twin
 
 MOST_PROCESSES = 8192
 """Where a scaling table ends."""
@@ -138,10 +138,10 @@ def recomputed_flops_per_token(model: ModelConfig, ranks: Mapping[str, int], rec
     return flops
 
 
-def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptions) -> StepPlan:
-    """One step at `moment`; whether it fits is for `pretrain/planning/fitting.py` to say. A dense model has no factors
+def plan_step(outlook: Outlook, setup: Setup, machine: Machine, assumed: Assumptions) -> StepPlan:
+    """One step at `outlook`; whether it fits is for `pretrain/planning/fitting.py` to say. A dense model has no factors
     to keep, and keeps everything where the run recomputes from factors."""
-    model, ranks, layout = moment.model, moment.ranks, setup.layout
+    model, ranks, layout = outlook.model, outlook.ranks, setup.layout
     if setup.recompute == "factors" and not ranks:
         setup = replace(setup, recompute="none")
     per_token = training_flops_per_token(model, ranks)
@@ -172,7 +172,7 @@ def plan_step(moment: Moment, setup: Setup, machine: Machine, assumed: Assumptio
 
 
 def scaling(
-    config: RunConfig, moment: Moment, setup: Setup, machine: Machine, assumed: Assumptions
+    config: RunConfig, outlook: Outlook, setup: Setup, machine: Machine, assumed: Assumptions
 ) -> list[ScalingRow]:
     """The global batch on 1, 2, 4, ... times a tensor-parallel group's processes, as far as it divides."""
     rows: list[ScalingRow] = []
@@ -180,11 +180,11 @@ def scaling(
     while processes <= MOST_PROCESSES:
         try:
             layout = lay_out(
-                moment.model, processes, setup.layout.tensor, setup.micro_batch, train.global_batch, train.batch_ramp
+                outlook.model, processes, setup.layout.tensor, setup.micro_batch, train.global_batch, train.batch_ramp
             )
         except ConfigError:  # the batch no longer divides
             break
-        step = plan_step(moment, replace(setup, layout=layout), machine, assumed)
+        step = plan_step(outlook, replace(setup, layout=layout), machine, assumed)
         first = rows[0] if rows else None
         speed = 1.0 if first is None else first.step.seconds * first.processes / (step.seconds * processes)
         rows.append(ScalingRow(processes, layout.accumulation, step, speed))

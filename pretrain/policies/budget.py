@@ -6,10 +6,10 @@ the dense layers would spend over the whole run.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from model.config import Projection
-from pretrain.policies.policy import RankConfig, direction_cost, rank_text
+from pretrain.policies.policy import Policy, RankConfig, direction_cost, rank_text
+from pretrain.train_state import GrowthRecord, rank_periods
 
 
 def dense_parameters(factored: Sequence[Projection]) -> int:
@@ -21,26 +21,22 @@ def affordable_parameters(
     rank: RankConfig,
     factored: Sequence[Projection],
     ranks: Mapping[str, int],
-    growth: Sequence[Mapping[str, Any]],
+    growth: Sequence[GrowthRecord],
     consumed_samples: int,
     samples_of_the_run: int,
 ) -> int | None:
     """Most parameters that all factors may have from now on; None without a budget.
 
-    `ranks`: the present ones; `growth`: events as in a checkpoint's state; the other two count sequences, those so far
-    and those at the end.
+    `ranks`: the present ones; `growth`: the growth events so far; the other two count sequences, those so far and those
+    at the end.
     """
     if rank.budget is None:
         return None
     allowed = rank.budget * dense_parameters(factored)
     if rank.budget_unit == "parameters":
         return int(allowed)
-    spent, current, end = 0, dict(ranks), consumed_samples
-    for event in reversed(growth):
-        spent += _parameters(factored, current) * (end - event["consumed_samples"])
-        current |= event["before"]
-        end = event["consumed_samples"]
-    spent += _parameters(factored, current) * end
+    periods = rank_periods(ranks, growth, consumed_samples)
+    spent = sum(_parameters(factored, period.ranks) * period.samples for period in periods)
     return int((allowed * samples_of_the_run - spent) / (samples_of_the_run - consumed_samples))
 
 
@@ -48,13 +44,17 @@ def _parameters(factored: Sequence[Projection], ranks: Mapping[str, int]) -> int
     return sum(ranks[projection.name] * direction_cost(projection) for projection in factored)
 
 
-def check_budget(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
-    """ValueError if the `ranks` at the start already cost more than the budget, or nothing would heed it."""
+def check_budget(
+    policy: type[Policy], rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]
+) -> None:
+    """ValueError if the `ranks` at the start already cost more than the budget, or the policy wants none, or one."""
     if rank.budget is None:
         if rank.budget_unit != "parameters":
             raise ValueError(f"rank.budget_unit is {rank.budget_unit}, and there is no budget: set rank.budget")
+        if policy.budget == "required":
+            raise ValueError(f"rank.policy={rank.policy} grows up to a budget, and there is none: set rank.budget")
         return
-    if rank.policy in ("fixed", "schedule"):
+    if policy.budget == "refused":
         raise ValueError(
             f"rank.budget {rank.budget:g} is for policies that decide by themselves, and rank.policy is {rank.policy}: "
             "leave rank.budget out or change the policy"

@@ -18,7 +18,7 @@ shuffled does learn something, their frequencies: its updates are narrower than 
 from collections.abc import Sequence
 
 from model.spectrum import energy_rank
-from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, check_due
+from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy
 
 ROUNDING = 0.005
 """Of both factors to bf16, whose entries err by up to 2⁻⁹ each: below that nothing can be said about an update."""
@@ -36,16 +36,11 @@ def used_up(layer: LayerMeasurement, threshold: float) -> int:
     return used_rank(layer, threshold) * (2 if layer.projection.additive else 1)
 
 
-class ExcessExplainedRatioPolicy:
+class ExcessExplainedRatioPolicy(MeasuringPolicy):
     """Grows the layers whose update uses their rank up, the fullest first."""
 
-    needs: frozenset[Measured] = frozenset({"product", "update"})
-
-    def __init__(self, rank: RankConfig) -> None:
-        self._rank = rank
-
-    def due(self, step: int) -> bool:
-        return check_due(step, self._rank)
+    needs = frozenset({"product", "update"})
+    truncates = True
 
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         used = {layer.projection.name: used_up(layer, self._rank.threshold) for layer in layers}

@@ -15,11 +15,12 @@ for GPT-2 small's MLP, 287 for GPT-2 medium's; `tools/null_rank.py`). `untrained
 ours; show it beside any rank that this policy finds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, check_due, limit_growth
+from model.config import Projection
+from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy, RankConfig, limit_growth
 
 
 def explained_ratio(singular_values: np.ndarray, kept: int) -> float:
@@ -42,42 +43,40 @@ def explaining_rank(singular_values: np.ndarray, full: int, used: int, buffer: i
     return used + buffer - 1
 
 
-class ExplainedRatioPolicy:
+class ExplainedRatioPolicy(MeasuringPolicy):
     """Grows every layer to the used rank that explains its product, plus the buffer."""
 
-    needs: frozenset[Measured] = frozenset({"product"})
-
-    def __init__(self, rank: RankConfig) -> None:
-        self._rank = rank
-
-    def due(self, step: int) -> bool:
-        return check_due(step, self._rank)
+    needs = frozenset({"product"})
+    grows_untrained = True
 
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         wanted = {layer.projection.name: self._wanted_rank(layer) for layer in layers}
         current = {layer.projection.name: layer.rank for layer in layers}
         return {name: rank for name, rank in wanted.items() if rank > current[name]}
 
+    def untrained_ranks(self, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
+        """Ranks at which the rule stops: growth preserves the function, so it adds zeros to the singular values, and
+        soon they explain enough."""
+        unbounded = self._rank.model_copy(update={"start_step": 0, "stop_step": None, "budget": None})
+        current = list(layers)
+        while grown := limit_growth(self.targets(0, current, None), current, unbounded, 0):
+            current = [_with_rank(layer, grown.get(layer.projection.name, layer.rank)) for layer in current]
+        return {layer.projection.name: layer.rank for layer in current}
+
+    @classmethod
+    def check_start(cls, rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
+        for projection in factored:
+            present = ranks[projection.name]
+            if present <= rank.buffer:
+                raise ValueError(
+                    f"rank.policy=explained_ratio uses the rank less rank.buffer, and {present} - {rank.buffer} leaves "
+                    f"none of {projection.name}: raise rank.initial or lower rank.buffer"
+                )
+
     def _wanted_rank(self, layer: LayerMeasurement) -> int:
         full = min(layer.projection.in_features, layer.projection.out_features)
         buffer = self._rank.buffer
         return buffer + explaining_rank(layer.singular_values, full, layer.rank - buffer, buffer, self._rank.threshold)
-
-
-def untrained_ranks(layers: Sequence[LayerMeasurement], rank: RankConfig) -> dict[str, int]:
-    """The null of a run: the rank each layer would reach if training never changed it, from its measurement before
-    step 0.
-
-    Growth preserves the function, so it adds zeros to the singular values and the rule soon stops.
-    """
-    policy = ExplainedRatioPolicy(rank)
-    unbounded = rank.model_copy(update={"start_step": 0, "stop_step": None, "budget": None})
-    current = list(layers)
-    while True:
-        grown = limit_growth(policy.targets(0, current, None), current, unbounded, 0)
-        if not grown:
-            return {layer.projection.name: layer.rank for layer in current}
-        current = [_with_rank(layer, grown.get(layer.projection.name, layer.rank)) for layer in current]
 
 
 def _with_rank(layer: LayerMeasurement, rank: int) -> LayerMeasurement:

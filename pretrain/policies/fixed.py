@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from pretrain.policies.policy import LayerMeasurement, Measured
+from pretrain.policies.policy import LayerMeasurement, Policy
 
 
-class FixedPolicy:
+class FixedPolicy(Policy):
     """Every layer keeps its initial rank."""
 
-    needs: frozenset[Measured] = frozenset()
+    grows = False
 
     def due(self, step: int) -> bool:
         return False

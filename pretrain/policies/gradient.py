@@ -25,9 +25,8 @@ from model.config import Projection
 from pretrain.policies.excess_explained_ratio import used_rank
 from pretrain.policies.policy import (
     LayerMeasurement,
-    Measured,
+    MeasuringPolicy,
     RankConfig,
-    check_due,
     direction_cost,
     in_growth_window,
     largest_rank,
@@ -40,16 +39,11 @@ NEEDED_SHARE = 0.5
 """Share of a layer's rank that its update must use before it may ask for more."""
 
 
-class GradientPolicy:
+class GradientPolicy(MeasuringPolicy):
     """Grants quanta of directions to the layers where they are worth most."""
 
-    needs: frozenset[Measured] = frozenset({"product", "update", "demand"})
-
-    def __init__(self, rank: RankConfig, steps: int) -> None:
-        self._rank, self._steps = rank, steps
-
-    def due(self, step: int) -> bool:
-        return check_due(step, self._rank)
+    needs = frozenset({"product", "update", "demand"})
+    truncates = True
 
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         asking = [layer for layer in layers if self._may_ask(layer)]
@@ -65,6 +59,10 @@ class GradientPolicy:
                 share, room = share - cost, room - cost
                 granted[name] = rank + self._rank.quantum
         return granted
+
+    @classmethod
+    def check_start(cls, rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
+        check_probe(rank, factored, ranks)
 
     def _may_ask(self, layer: LayerMeasurement) -> bool:
         used = used_rank(layer, self._rank.threshold)

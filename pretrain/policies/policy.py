@@ -14,9 +14,10 @@ Steps are counted in optimizer steps taken: an event at step 100 happens after 1
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -127,31 +128,93 @@ Measured = Literal["product", "update", "demand"]
 """What a policy may need besides ranks: the three arrays of `LayerMeasurement`."""
 
 
-class Policy(Protocol):
-    """A way to decide about ranks."""
+BudgetUse = Literal["refused", "heeded", "required"]
+"""What a policy does with `rank.budget`; a required one has to be set."""
 
-    needs: frozenset[Measured]
+
+class Policy(ABC):
+    """A way to decide about ranks, and what it declares about itself: nothing else asks which policy it is."""
+
+    needs: ClassVar[frozenset[Measured]] = frozenset()
     """What must be measured before `targets` is asked; the rest of a `LayerMeasurement` is empty."""
+    budget: ClassVar[BudgetUse] = "refused"
+    """Whether `rank.budget` means something to it."""
+    grows: ClassVar[bool] = True
+    """Whether ranks may change at all."""
+    measures: ClassVar[bool] = False
+    """Whether it decides by what it measures, so that its ranks are not known beforehand."""
+    truncates: ClassVar[bool] = False
+    """Whether `rank.truncate` may lower ranks when it has decided."""
+    follows_events: ClassVar[bool] = False
+    """Whether it carries `rank.events` out."""
+    grows_untrained: ClassVar[bool] = False
+    """Whether it would grow factors that training never changed: a run then notes how far (`untrained_ranks`)."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the section `rank` that differ from its own defaults where they are not given."""
 
+    def __init__(self, rank: RankConfig, steps: int) -> None:
+        """The policy with these settings, for a run of `steps` steps."""
+        self._rank, self._steps = rank, steps
+
+    @abstractmethod
     def due(self, step: int) -> bool:
         """Whether ranks may change after `step` steps; `targets` is asked only then."""
 
+    @abstractmethod
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         """The rank wanted for each layer that should grow, by `Projection.name`, before any limit, the most urgent
         layer first; `room`: parameters that the budget leaves for new directions."""
 
+    def untrained_ranks(self, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
+        """The rank each layer would reach if training never changed it, from its measurement before step 0."""
+        return {layer.projection.name: layer.rank for layer in layers}
 
-def with_default_pace(rank: RankConfig, steps: int) -> RankConfig:
-    """The settings of a measuring policy with its pace filled in.
+    @classmethod
+    def completed(cls, rank: RankConfig, steps: int) -> RankConfig:
+        """The settings with what was left open filled in, for a run of `steps` steps."""
+        return rank.model_copy(
+            update={key: value for key, value in cls.defaults.items() if key not in rank.model_fields_set}
+        )
 
-    A quarter of the run for growth did better in the race than half of it (docs/results.md), and so few decisions in
-    all keep their cost under half a percent of a run of 200 steps or more, wherever growth stops (docs/lab-notes.md).
-    """
-    if rank.policy in ("fixed", "schedule"):
-        return rank
-    stop = rank.start_step + steps // 4 if rank.stop_step is None else rank.stop_step
-    every = rank.check_every or _default_interval(rank.start_step, min(stop, steps - 1), steps)
-    return rank.model_copy(update={"check_every": every, "stop_step": stop})
+    @classmethod  # noqa: B027  (most have nothing to check)
+    def check(cls, rank: RankConfig, factored: Sequence[Projection], steps: int) -> None:
+        """ValueError if it cannot do within `steps` steps what the settings ask."""
+
+    @classmethod  # noqa: B027
+    def check_start(cls, rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
+        """ValueError if it cannot begin, or go on, at these `ranks`."""
+
+
+class MeasuringPolicy(Policy):
+    """A policy that decides every `rank.check_every` steps by what it measures, within a budget if there is one."""
+
+    budget: ClassVar[BudgetUse] = "heeded"
+    measures = True
+
+    def due(self, step: int) -> bool:
+        return check_due(step, self._rank)
+
+    @classmethod
+    def completed(cls, rank: RankConfig, steps: int) -> RankConfig:
+        """The settings with their pace filled in.
+
+        A quarter of the run for growth did better in the race than half of it (docs/results.md), and so few decisions
+        in all keep their cost under half a percent of a run of 200 steps or more, wherever growth stops
+        (docs/lab-notes.md).
+        """
+        rank = super().completed(rank, steps)
+        stop = rank.start_step + steps // 4 if rank.stop_step is None else rank.stop_step
+        every = rank.check_every or _default_interval(rank.start_step, min(stop, steps - 1), steps)
+        return rank.model_copy(update={"check_every": every, "stop_step": stop})
+
+    @classmethod
+    def check(cls, rank: RankConfig, factored: Sequence[Projection], steps: int) -> None:
+        if not any(check_due(step, rank) for step in range(1, steps)):
+            raise ValueError(
+                f"rank.policy={rank.policy} decides every {rank.check_every} steps from {rank.start_step} to "
+                f"{rank.stop_step}, and so never in a run of {steps}: set a lower rank.check_every or raise "
+                "rank.stop_step"
+            )
 
 
 def _default_interval(start: int, stop: int, steps: int) -> int:
@@ -220,20 +283,32 @@ def limit_growth(
         name: min(round_up(target, rank.quantum), largest_rank(by_name[name], rank.quantum))
         for name, target in targets.items()
     }
-    granted = {name: by_name[name].rank for name in wanted}
+    present = {name: by_name[name].rank for name in wanted}
+    costs = {name: direction_cost(by_name[name].projection) for name in wanted}
+    granted = grant_quanta(present, wanted, costs, rank.quantum, room)
+    return {name: new for name, new in granted.items() if new > present[name]}
+
+
+def grant_quanta(
+    present: Mapping[str, int], wanted: Mapping[str, int], costs: Mapping[str, int], quantum: int, room: int | None
+) -> dict[str, int]:
+    """The ranks when layers get one quantum after the other, in the order of `wanted`, up to what they want.
+
+    `costs`: parameters of one direction; `room`: those that there are for all, None: any number. A start off the
+    quantum is mended by the first growth.
+    """
+    granted = {name: present[name] for name in wanted}
     left = math.inf if room is None else room
-    growing = [name for name in wanted if wanted[name] > granted[name]]
+    growing = list(wanted)
     while growing:
         for name in list(growing):
-            # A start off the quantum is mended by the first growth.
-            step_up = rank.quantum - granted[name] % rank.quantum
-            cost = step_up * direction_cost(by_name[name].projection)
-            if cost > left or granted[name] >= wanted[name]:
+            step_up = quantum - granted[name] % quantum
+            if granted[name] >= wanted[name] or step_up * costs[name] > left:
                 growing.remove(name)
                 continue
             granted[name] += step_up
-            left -= cost
-    return {name: new for name, new in granted.items() if new > by_name[name].rank}
+            left -= step_up * costs[name]
+    return granted
 
 
 def decide_ranks(

@@ -7,15 +7,16 @@ same budget.
 from collections.abc import Sequence
 
 from model.config import Projection
-from pretrain.policies.policy import LayerMeasurement, Measured, RankConfig, in_growth_window
+from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, in_growth_window
 
 
-class ScheduledPolicy:
+class ScheduledPolicy(Policy):
     """Every layer goes to the rank of an event after the event's step."""
 
-    needs: frozenset[Measured] = frozenset()
+    follows_events = True
 
-    def __init__(self, rank: RankConfig) -> None:
+    def __init__(self, rank: RankConfig, steps: int) -> None:
+        super().__init__(rank, steps)
         self._ranks = {event.step: event.rank for event in rank.events}
 
     def due(self, step: int) -> bool:
@@ -24,6 +25,10 @@ class ScheduledPolicy:
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
         wanted = self._ranks[step]
         return {layer.projection.name: wanted for layer in layers if layer.rank < wanted}
+
+    @classmethod
+    def check(cls, rank: RankConfig, factored: Sequence[Projection], steps: int) -> None:
+        check_events(rank, factored, steps)
 
 
 def check_events(rank: RankConfig, projections: Sequence[Projection], steps: int) -> None:

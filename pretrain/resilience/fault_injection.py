@@ -15,8 +15,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -130,13 +131,37 @@ class Faults:
         self.process = process
         self.waiting = parse_faults(text, int(os.environ.get(LIFE, "0"))) if text else []
 
-    def happen(self, place: str, step: int) -> float:
-        """Lets happen what is due at this place; a factor for the loss, which is 1 but at `step.loss`."""
+    def due(self, place: str, step: int, actions: Collection[str]) -> Iterator[str]:
+        """The actions among `actions` to be taken now, each of which is then over."""
         for fault in list(self.waiting):
-            if (fault.place, fault.step) == (place, step) and fault.process in (None, self.process):
+            here = (fault.place, fault.step) == (place, step) and fault.process in (None, self.process)
+            if here and fault.action in actions:
                 self.waiting.remove(fault)
                 print(f"[fault] {fault.action} at {place} of step {step}", file=sys.stderr, flush=True)
-                if fault.action in FACTORS:
-                    return FACTORS[fault.action]
-                ACTIONS[fault.action]()
-        return 1.0
+                yield fault.action
+
+
+_faults: Faults | None = None
+
+
+def plan_faults(process: int) -> None:
+    """From here on the faults that the environment asks for happen in this process, number `process`."""
+    global _faults
+    _faults = Faults(process)
+
+
+def forget_faults() -> None:
+    """No fault happens any more."""
+    global _faults
+    _faults = None
+
+
+def inject_fault(place: str, step: int) -> None:
+    """Lets happen what was asked for at `place` of `step`."""
+    for action in () if _faults is None else _faults.due(place, step, ACTIONS):
+        ACTIONS[action]()
+
+
+def loss_factor(step: int) -> float:
+    """What a fault multiplies the loss of `step` by; 1 without one."""
+    return prod(FACTORS[action] for action in (() if _faults is None else _faults.due("step.loss", step, FACTORS)))

@@ -1,6 +1,6 @@
-"""What may end or turn back a run between two steps: signals, steps without a finite gradient, and losses that leap.
+"""What may end or turn back a run between two steps: signals, steps without a finite gradient, and loss spikes.
 
-A leap is a loss far above what the last ones were, in robust standard deviations:
+A spike is a loss far above what the last ones were, in robust standard deviations:
 
     z = (loss − median) / (1.4826 · MAD),      MAD = median |loss_i − median|
 
@@ -8,29 +8,23 @@ Every process decides the same, by what all agree on once a step (`pretrain/agre
 """
 
 import math
-import os
 import signal
-import socket
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 
-from pretrain.agreement import SIGNALS, Flags
+from pretrain.agreement import Flags
 from pretrain.config.run import GuardConfig
 from pretrain.errors import StopSignal, agreed
+from pretrain.resilience.signals import Signals
 from pretrain.train_state import TrainState
 
 _MAD_TO_DEVIATION = 1.4826
 """Of normally distributed values."""
 _SMALLEST_MAD = 1e-3
-"""Relative to the median: losses that hardly move are no reason to call the next one a leap."""
-_LEAPS = 5
-"""In a row, after which they are what losses are now."""
-_IMPATIENCE_SECONDS = 3.0
-"""Between two SIGTERMs that mean more than one: schedulers and launchers each send theirs."""
+"""Relative to the median: losses that hardly move are no reason to call the next one a spike."""
+_SPIKES_IN_A_ROW = 5
+"""As many spikes are what losses are now."""
 
 
 class RollBack(Exception):
@@ -41,53 +35,13 @@ class RollBack(Exception):
         self.reason, self.consumed_samples = reason, consumed_samples
 
 
-class Signals:
-    """SIGTERM and SIGUSR1 as a request to save and leave; a second SIGTERM, seconds later, ends the process at once.
-
-    A thread is told of them through a pipe, for Python's own handlers wait until the main thread comes back from
-    whatever collective it is in.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        told, telling = socket.socketpair()
-        telling.setblocking(False)
-        before = {number: signal.signal(number, lambda _number, _frame: None) for number in SIGNALS}
-        descriptor = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
-        listener = threading.Thread(target=self._listen, args=(told,), name="signals", daemon=True)
-        listener.start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(descriptor)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            telling.close()
-            listener.join()
-            told.close()
-
-    def _listen(self, told: socket.socket) -> None:
-        first = 0.0
-        while numbers := told.recv(1):
-            number = numbers[0]
-            now = time.monotonic()
-            if number == self.received == signal.SIGTERM and now - first > _IMPATIENCE_SECONDS:
-                os._exit(128 + number)
-            first = first if self.received else now
-            if number in SIGNALS:  # others, such as SIGINT, keep their own handlers
-                self.received = max(self.received, number)
-
-
 class Guard:
     """Watches the steps of one run."""
 
     def __init__(self, config: GuardConfig, signals: Signals) -> None:
         self.config, self.signals = config, signals
         self._losses: deque[float] = deque(maxlen=config.spike_window or None)
-        self._leaps = 0
+        self._spikes = 0
 
     def flags(self, writing: bool) -> Flags:
         """This process's. `writing`: whether it still writes its part of a checkpoint."""
@@ -122,7 +76,7 @@ class Guard:
         raise agreed(reason)
 
     def deviations(self, loss: float) -> float | None:
-        """How far `loss` lies above the last ones, which it joins; None where it is no leap."""
+        """How far `loss` lies above the last ones, which it joins; None where it is no spike."""
         before, window = list(self._losses), self.config.spike_window
         if not window or not math.isfinite(loss):
             return None
@@ -132,15 +86,15 @@ class Guard:
             spread = median(abs(one - middle) for one in before)
             found = (loss - middle) / (_MAD_TO_DEVIATION * max(spread, _SMALLEST_MAD * abs(middle)))
         if found is None or found <= self.config.spike_deviations:
-            self._leaps = 0
+            self._spikes = 0
             self._losses.append(loss)
             return None
-        self._leaps += 1
-        if self._leaps >= _LEAPS:
+        self._spikes += 1
+        if self._spikes >= _SPIKES_IN_A_ROW:
             self.forget()
         return found  # and the loss does not become what the next ones are compared with
 
     def forget(self) -> None:
         """What losses were: ranks have changed, or another level has come to stay."""
         self._losses.clear()
-        self._leaps = 0
+        self._spikes = 0

@@ -1,13 +1,9 @@
-"""Where this process is: told by the code at every place that matters, watched so that nobody waits for ever.
+"""Watches that this process goes on, so that nobody waits for ever.
 
-`reach(place)` is called where a step, a save, an event or a resume gets to a new place
-(`pretrain/resilience/fault_injection.py` lists them). It lets faults happen that were asked for, and winds the watchdog
-up again.
-
-The watchdog is a thread of every process. When its process has reached nothing new for `guard.hang_seconds`, it finds
-out who is to blame, says so, shows the stacks, and ends the process with exit code 5: a process that waits for another
-inside a collective cannot do so itself. Processes know of each other through a small store that process 0 serves: each
-leaves a pulse there, with the place it is at.
+The watchdog is a thread of every process. When its process had no heartbeat (`pretrain/resilience/heartbeat.py`) for
+`guard.hang_seconds`, it finds out who is to blame, says so, shows the stacks, and ends the process with exit code 5: a
+process that waits for another inside a collective cannot do so itself. Processes know of each other through a small
+store that process 0 serves: each leaves a pulse there, with the place it is at.
 """
 
 import faulthandler
@@ -26,7 +22,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pretrain.errors import HangError
-from pretrain.resilience.fault_injection import Faults
+from pretrain.resilience.fault_injection import forget_faults, plan_faults
+from pretrain.resilience.heartbeat import place_and_step, position
 
 _STORE_SECONDS = 5.0
 _SLOWEST_PULSE_SECONDS = 10.0
@@ -43,37 +40,6 @@ class Pulse:
     place: str
     step: int
     host: str
-
-
-class _Position:
-    """Of the main thread of this process."""
-
-    def __init__(self) -> None:
-        self.faults: Faults | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        self.place, self.step, self.reached, self.since = "start", 0, 0, time.monotonic()
-
-    def reach(self, place: str, step: int | None) -> float:
-        here = self.step if step is None else step
-        if threading.current_thread() is threading.main_thread():
-            self.place, self.step, self.since = place, here, time.monotonic()
-            self.reached += not place.startswith("save.")  # to some of which process 0 alone comes
-        return 1.0 if self.faults is None else self.faults.happen(place, here)
-
-
-_position = _Position()
-
-
-def reach(place: str, step: int | None = None) -> float:
-    """This process is at `place` of `step` (none: of the present one). What a fault makes of a loss, else 1."""
-    return _position.reach(place, step)
-
-
-def place_and_step() -> str:
-    """In words, for messages."""
-    return f"{_position.place} of step {_position.step}"
 
 
 class Watchdog(threading.Thread):
@@ -103,14 +69,20 @@ class Watchdog(threading.Thread):
         # Behind a link that is down, a store answers nothing and raises nothing for a quarter of an hour.
         threading.Thread(target=self._leave_pulses, name="pulses", daemon=True).start()
         while not self.ended.wait(self.pulse_seconds):
-            idle = time.monotonic() - _position.since
+            idle = time.monotonic() - position.since
             if idle > self.hang_seconds:
                 self._end(idle)
 
     def _leave_pulses(self) -> None:
         while not self.ended.wait(self.pulse_seconds):
             self.pulses_left += 1
-            pulse = Pulse(self.pulses_left, _position.reached, _position.place, _position.step, self.host)
+            pulse = Pulse(
+                self.pulses_left,
+                position.reached,
+                position.place,
+                position.step,
+                self.host,
+            )
             with suppress(RuntimeError):  # torch's DistError family: process 0 does not serve the store any more
                 self.store.set(str(self.process), json.dumps(asdict(pulse)))
                 self.served_at = time.monotonic()
@@ -188,15 +160,15 @@ def lost_peers_told() -> Iterator[None]:
 @contextmanager
 def watched(hang_seconds: float) -> Iterator[None]:
     """Inside it faults happen and hangs end (0: they last); all processes enter it together."""
-    _position.restart()
-    _position.faults = Faults(dist.get_rank())
+    position.restart()
+    plan_faults(dist.get_rank())
     watchdog = Watchdog(hang_seconds) if hang_seconds else None
     if watchdog is not None:
         watchdog.start()
     try:
         yield
     finally:
-        _position.faults = None
+        forget_faults()
         if watchdog is not None:
             watchdog.ended.set()
             watchdog.join()

@@ -1,4 +1,4 @@
-"""Losses that are not finite or leap, and settings that cannot work."""
+"""Losses that are not finite or spike, and settings that cannot work."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_a_run_that_keeps_turning_back_gives_up(config: Path) -> None:
 @pytest.mark.parametrize(
     "action", ["rollback", pytest.param("warn", marks=pytest.mark.slow), pytest.param("stop", marks=pytest.mark.slow)]
 )
-def test_a_loss_that_leaps_is_seen(config: Path, action: str) -> None:
+def test_a_loss_spike_is_seen(config: Path, action: str) -> None:
     run = config.parent / "run"
     spike = ",".join(f"spike@step.loss:{process}:10" for process in (0, 1))
     ended = train(

@@ -20,7 +20,7 @@ from pretrain.checkpoint.format import KEYS
 from pretrain.engine.build import build_engine, gradient_norm, set_learning_rate
 from pretrain.engine.optimizer_state import optimizer_state
 from pretrain.engine.zero3 import gathered, held
-from pretrain.growth.augmentation import GrowthPlan, augment
+from pretrain.growth.augmentation import RankPlan, augment
 from pretrain.growth.spectra import row_norms
 from pretrain.growth.stash import Stash
 from pretrain.schedule import OptimizerConfig
@@ -119,7 +119,7 @@ class SmallRun:
         """`directions`: as `augment` takes them."""
         model = self.engine.module
         growing = [name for name, rank in ranks.items() if rank >= model.ranks()[name]]
-        plan = GrowthPlan(self.step, dict(ranks), row_norms(model, growing))
+        plan = RankPlan(self.step, dict(ranks), row_norms(model, growing))
         self.engine, _ = augment(
             self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0, directions=directions
         )

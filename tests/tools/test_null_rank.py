@@ -14,8 +14,9 @@ from pretrain.config.run import RunConfig, parse_config
 from pretrain.growth.augmentation import RankMeasurement, layer_measurements
 from pretrain.growth.initial_values import initial_factors, initial_model
 from pretrain.growth.spectra import measure_spectra, measure_updates
-from pretrain.policies import build_policy, decide_ranks
 from pretrain.policies.excess_explained_ratio import used_rank
+from pretrain.policies.policy import decide_ranks
+from pretrain.policies.select import build_policy
 from tests.support.distributed import run
 from tools.null_rank import null_rank, published_null, text_of_the_standard_library
 

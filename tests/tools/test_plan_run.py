@@ -50,14 +50,14 @@ def planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planner:
 
 def test_a_row_for_each_event_and_the_dense_model(planner: Planner, capsys: pytest.CaptureFixture[str]) -> None:
     plan = planner()
-    assert [row["moment"] for row in plan["moments"]] == ["start", "step 20", "step 50", "dense"]
-    assert [row["mean_rank"] for row in plan["moments"]] == [64, 128, 256, None]
+    assert [row["outlook"] for row in plan["outlooks"]] == ["start", "step 20", "step 50", "dense"]
+    assert [row["mean_rank"] for row in plan["outlooks"]] == [64, 128, 256, None]
     config = ModelConfig(
         family="gpt2", layers=24, hidden=1024, heads=16, sequence_length=1024, vocabulary=50257, parametrization="dense"
     )
-    assert plan["moments"][-1]["parameters"] == total_parameters(config, {})
+    assert plan["outlooks"][-1]["parameters"] == total_parameters(config, {})
     shown = capsys.readouterr().out
-    for row in plan["moments"]:
+    for row in plan["outlooks"]:
         assert f"{row['parameters']:,}" in shown
         assert f"{row['memory_bytes']['total'] / 1e9:,.2f}" in shown
     assert "9.89e+14 FLOP/s at 40%" in shown
@@ -79,14 +79,14 @@ def test_it_says_where_communication_takes_over(planner: Planner, capsys: pytest
 
 def test_assumptions_change_the_seconds(planner: Planner) -> None:
     usual, faster = planner(), planner("--efficiency", "0.8")
-    seconds = [plan["moments"][0]["compute_seconds"] for plan in (usual, faster)]
+    seconds = [plan["outlooks"][0]["compute_seconds"] for plan in (usual, faster)]
     assert seconds[0] == pytest.approx(2 * seconds[1])
 
 
 def test_a_budget_bounds_the_largest_ranks(planner: Planner) -> None:
     growth = ["rank.policy=gradient", "rank.events=[]", "rank.budget=0.4", "rank.probe=64", "train.steps=4000"]
-    start, most, dense = planner(*growth)["moments"]
-    assert most["moment"] == "budget"
+    start, most, dense = planner(*growth)["outlooks"]
+    assert most["outlook"] == "budget"
     weights = 24 * 12 * 1024**2
     factors = most["parameters"] - (dense["parameters"] - weights)
     assert 0.38 * weights < factors <= 0.4 * weights
@@ -123,9 +123,9 @@ def test_memory_that_does_not_suffice_is_refused_with_what_does(planner: Planner
 def test_recomputation_from_factors_is_planned_beside_a_dense_model_that_has_none(planner: Planner) -> None:
     """Fewer bytes and more arithmetic for the factored model; the dense one as without it."""
     kept, again = planner(), planner("train.recompute=factors")
-    assert again["moments"][0]["memory_bytes"]["activations"] < kept["moments"][0]["memory_bytes"]["activations"]
-    assert again["moments"][0]["compute_seconds"] > kept["moments"][0]["compute_seconds"]
-    assert again["moments"][-1] == kept["moments"][-1]
+    assert again["outlooks"][0]["memory_bytes"]["activations"] < kept["outlooks"][0]["memory_bytes"]["activations"]
+    assert again["outlooks"][0]["compute_seconds"] > kept["outlooks"][0]["compute_seconds"]
+    assert again["outlooks"][-1] == kept["outlooks"][-1]
 
 
 def test_more_tensor_parallel_processes_than_there_are_devices_are_refused(planner: Planner) -> None:
@@ -146,9 +146,9 @@ def test_host_memory_must_hold_the_model_while_it_is_built(planner: Planner) -> 
 
 
 def test_an_optimizer_on_the_host_takes_time_there(planner: Planner) -> None:
-    there = planner("deepspeed.offload_optimizer=true")["moments"][0]
-    slower = planner("deepspeed.offload_optimizer=true", "--host-memory-bandwidth", "1e11")["moments"][0]
-    assert planner()["moments"][0]["host_seconds"] == 0.0
+    there = planner("deepspeed.offload_optimizer=true")["outlooks"][0]
+    slower = planner("deepspeed.offload_optimizer=true", "--host-memory-bandwidth", "1e11")["outlooks"][0]
+    assert planner()["outlooks"][0]["host_seconds"] == 0.0
     assert there["host_seconds"] < slower["host_seconds"] < 2 * there["host_seconds"]
 
 

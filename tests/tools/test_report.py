@@ -12,8 +12,9 @@ from PIL import Image
 
 from pretrain.disk import JsonLines
 from pretrain.errors import ConfigError
-from pretrain.monitor.monitor import Monitor, Validation
+from pretrain.monitor.monitor import Monitor
 from pretrain.monitor.run_folder import write_run_record
+from pretrain.train_state import GrowthRecord, Validation
 from tests.pretrain.monitor.test_monitor import CONFIG, FIRST, RANKS, metrics
 from tools import report
 from tools.documentation import screenshots
@@ -33,7 +34,7 @@ def make_run(folder: Path, *, dense: bool = False) -> Path:
         if step % 10 == 0:
             monitor.validation(step, {"": Validation(4.1 - 0.1 * step, 1.0)})
         if step == 10 and not dense:
-            monitor.augmentation(step, {FIRST: 8}, {FIRST: 16}, seconds=0.25)
+            monitor.augmentation(GrowthRecord(step, 4 * step, {FIRST: 8}, {FIRST: 16}, seconds=0.25))
             monitor.spectra(step, {name: np.array([2.0, 1.0, 0.5]) for name in RANKS})
     monitor.close()
     return folder

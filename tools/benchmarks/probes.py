@@ -20,8 +20,9 @@ from pretrain.config.files import merge
 from pretrain.config.run import RunConfig, load_config, parse_config
 from pretrain.disk import JsonLines, json_text, replace_text
 from pretrain.errors import ConfigError, run_command
-from pretrain.policies import RankConfig, check_due, with_default_pace
 from pretrain.policies.gradient import PROBED_STEPS
+from pretrain.policies.policy import RankConfig, check_due
+from pretrain.policies.select import with_defaults
 from pretrain.provenance import git_revision, hardware, installed_versions
 from pretrain.tokenizer.load import open_tokenizer
 from tools.benchmarks.used_rank import train
@@ -37,7 +38,7 @@ def main() -> None:
     if not factored_projections(base.model):
         raise ConfigError("there is nothing to probe in a dense model: set model.parametrization=factored")
     vocabulary = open_tokenizer(base.data.tokenizer).vocabulary
-    pace = with_default_pace(base.rank.model_copy(update={"policy": "gradient"}), base.train.steps)
+    pace = with_defaults(base.rank.model_copy(update={"policy": "gradient"}), base.train.steps)
     decisions = sum(check_due(step, pace) for step in range(base.train.steps))
     steps = CHECK_EVERY * (WARM_UP_DECISIONS + arguments.decisions) + 1  # the last decision comes before a step
     config = parse_config(_settings(base, arguments.output / "run", steps)).with_vocabulary(vocabulary)

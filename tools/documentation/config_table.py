@@ -14,7 +14,7 @@ from pretrain.config.run import RunConfig, load_config
 from pretrain.disk import replace_text
 from pretrain.errors import run_command
 from pretrain.planning.fitting import fits, fitting_setup
-from pretrain.planning.rank_outlook import moments
+from pretrain.planning.rank_outlook import outlooks
 from pretrain.planning.step import Assumptions, Machine, StepPlan, plan_step
 from tools.plan_run import Surroundings
 
@@ -44,14 +44,14 @@ def config_of(name: str) -> RunConfig:
 
 
 def plans(name: str) -> tuple[RunConfig, Machine, Assumptions, list[StepPlan]]:
-    """The first and the largest moment of a run; ConfigError if one does not fit."""
+    """The steps at the start and at the largest ranks of a run; ConfigError if one does not fit."""
     config = config_of(name)
     surroundings = Surroundings(NODES["_".join(name.split("_")[:2])], GPUS_PER_NODE)
     machine, assumed = surroundings.machine(), surroundings.assumptions(config.train.precision)
-    ahead = moments(config)
+    ahead = outlooks(config)
     ahead = ahead[:-1] or ahead  # the last one is the dense model, for comparison
     setup = fitting_setup(config, ahead[-1], machine, assumed)
-    found = [plan_step(moment, setup, machine, assumed) for moment in (ahead[0], ahead[-1])]
+    found = [plan_step(outlook, setup, machine, assumed) for outlook in (ahead[0], ahead[-1])]
     assert all(fits(step.memory, machine, assumed) for step in found)
     return config, machine, assumed, found
 

@@ -21,7 +21,7 @@ from model.process_groups import initialize_process_groups, tensor_index, tensor
 from model.sharding import TensorLayout
 from pretrain.engine.optimizer_state import optimizer_state
 from pretrain.errors import NumericalError
-from pretrain.growth.augmentation import GrowthPlan, _agree_on, _check_logits, augment
+from pretrain.growth.augmentation import RankPlan, _agree_on, _check_logits, augment
 from pretrain.growth.spectra import row_norms
 from tests.support.distributed import run
 from tests.support.parallel_engine import Case, SmallRun, live_engines, uniform_ranks
@@ -315,7 +315,7 @@ def _freed_before_rebuilding(config: ModelConfig, case: Case) -> tuple[list[str]
 
     gc.disable()  # nothing is left to the collector but what an event asks of it
     try:
-        plan = GrowthPlan(1, uniform_ranks(config, 8), row_norms(small.engine.module, list(uniform_ranks(config, 4))))
+        plan = RankPlan(1, uniform_ranks(config, 8), row_norms(small.engine.module, list(uniform_ranks(config, 4))))
         small.engine, record = augment(small.engine, plan, rebuild=watched, seed=1, consumed_samples=0)
     finally:
         gc.enable()
@@ -333,7 +333,7 @@ def test_the_old_engine_is_gone_before_a_new_one_is_built(case: Case) -> None:
 def _disagree() -> str:
     initialize_process_groups(1)
     try:
-        _agree_on(GrowthPlan(3, {"layer": 8 + dist.get_rank()}, {"layer": 1.0}), {"layer": 4})
+        _agree_on(RankPlan(3, {"layer": 8 + dist.get_rank()}, {"layer": 1.0}), {"layer": 4})
     except NumericalError as error:
         return str(error)
     return ""

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.costs.arithmetic import training_flops_per_token
 from pretrain.config.run import parse_config
 from pretrain.devices import peak_flops
-from pretrain.monitor.monitor import Monitor, StepMetrics, Validation, spectrum_scalars
+from pretrain.monitor.monitor import Monitor, spectrum_scalars
 from pretrain.monitor.summary import summarize
+from pretrain.train_state import GrowthRecord, StepMetrics, TrainState, Validation
 
 CONFIG = parse_config(
     {
@@ -41,6 +42,10 @@ def metrics(step: int, lm_loss: float = 2.0, loss_scale: float | None = None) ->
         skipped_steps=0,
         loss_scale=loss_scale,
     )
+
+
+def grown(step: int, seconds: float, logit_change: float | None = None) -> GrowthRecord:
+    return GrowthRecord(step, 4 * step, {FIRST: 8}, {FIRST: 16}, seconds, logit_change)
 
 
 def opened(folder: Path, ranks: Mapping[str, int] = RANKS, *, active: bool = True, **settings: Any) -> Monitor:
@@ -69,7 +74,7 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
             monitor.validation(step, {"": Validation(2.5, bits_per_byte=1.25)})
             monitor.spectra(step, {name: np.array([2.0, 1.0, 1.0]) for name in RANKS})
             monitor.event("checkpoint", step, folder="checkpoints/step_000000010")
-            monitor.augmentation(step, {FIRST: 8}, {FIRST: 16}, seconds=0.25, logit_change=0.0125)
+            monitor.augmentation(grown(step, seconds=0.25, logit_change=0.0125))
     monitor.close()
 
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -132,12 +137,12 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
     killed = opened(tmp_path)
     for step in range(1, 16):
         killed.train_step(step, metrics(step, lm_loss=9.0 if step > 10 else 2.0))
-    killed.augmentation(13, {FIRST: 8}, {FIRST: 16}, seconds=0.5)
+    killed.augmentation(grown(13, seconds=0.5))
     killed.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "lm_lo')
 
-    resumed = opened(tmp_path, resumed_step=10)
+    resumed = opened(tmp_path, state=TrainState(step=10))
     resumed.event("resume", 10)
     for step in range(11, 21):
         resumed.train_step(step, metrics(step, lm_loss=1.0))
@@ -166,8 +171,8 @@ def test_a_run_started_over_forgets_the_old_lines(tmp_path):
 
 
 def test_the_rank_map_goes_back_to_the_start_of_a_resumed_run(tmp_path):
-    growth = [{"step": 4, "before": {FIRST: 8}, "after": {FIRST: 16}, "seconds": 0.1}]
-    monitor = opened(tmp_path, ranks={**RANKS, FIRST: 16}, resumed_step=10, growth=growth)
+    state = TrainState(step=10, consumed_samples=40, growth=[grown(4, seconds=0.1)])
+    monitor = opened(tmp_path, ranks={**RANKS, FIRST: 16}, state=state)
     assert monitor.rank_history == [(0, RANKS), (4, {**RANKS, FIRST: 16})]
     monitor.close()
 
@@ -177,7 +182,7 @@ def test_other_processes_write_and_say_nothing(tmp_path, capsys):
     monitor = opened(folder, active=False)
     monitor.train_step(5, metrics(5))
     monitor.validation(5, {"": Validation(2.0)})
-    monitor.augmentation(5, {FIRST: 8}, {FIRST: 16}, seconds=0.1)
+    monitor.augmentation(grown(5, seconds=0.1))
     monitor.spectra(5, {FIRST: np.ones(8)})
     monitor.event("fault", 5)
     monitor.summary({})
@@ -203,17 +208,8 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path, capsys):
 
 
 def test_summary_is_shown_and_kept(tmp_path, capsys):
-    facts = summarize(
-        CONFIG,
-        RANKS,
-        [],
-        step=20,
-        consumed_samples=80,
-        lm_loss=2.0,
-        validation_loss=1.5,
-        skipped_steps=0,
-        checkpoint=None,
-    )
+    state = TrainState(step=20, consumed_samples=80)
+    facts = summarize(CONFIG, RANKS, state, lm_loss=2.0, validation=Validation(1.5), checkpoint=None)
     monitor = opened(tmp_path)
     monitor.summary(facts)
     monitor.close()
@@ -225,15 +221,8 @@ def test_a_masked_run_shows_its_accuracy(tmp_path, capsys):
     masked = parse_config(CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | {"objective": "mlm"}})
     monitor = Monitor(tmp_path, masked, RANKS, active=True)
     monitor.validation(5, {"": Validation(2.5, accuracy=0.25)})
-    summary = {
-        "step": 20,
-        "consumed_samples": 80,
-        "lm_loss": 2.0,
-        "validation_loss": 1.5,
-        "skipped_steps": 0,
-        "checkpoint": tmp_path / "one",
-    }
-    monitor.summary(summarize(masked, RANKS, [], accuracy=0.5, **summary))
+    state, last = TrainState(step=20, consumed_samples=80), Validation(1.5, accuracy=0.5)
+    monitor.summary(summarize(masked, RANKS, state, lm_loss=2.0, validation=last, checkpoint=tmp_path / "one"))
     monitor.close()
     events = tensorboard(tmp_path)
     assert events.Scalars("validation/accuracy")[0].value == 0.25

@@ -9,7 +9,9 @@ import pytest
 from model.config import factored_projections
 from model.costs.arithmetic import total_parameters, trained_parameters, training_flops_per_token
 from pretrain.config.run import RunConfig, parse_config
-from pretrain.monitor.summary import dense_flops_ratio, executed_flops, perplexity, summarize, summary_text
+from pretrain.loss import perplexity
+from pretrain.monitor.summary import dense_flops_ratio, executed_flops, summarize, summary_text
+from pretrain.train_state import GrowthRecord, RankPeriod, TrainState, Validation
 from tests.support.reference import frozen_names, tensor_shapes
 
 CONFIG = parse_config(
@@ -29,30 +31,34 @@ def grown(names: list[str], rank: int) -> dict[str, int]:
 
 
 GROWTH = [
-    {"step": 3, "consumed_samples": 12, "before": {NAMES[0]: 8}, "after": {NAMES[0]: 16}, "seconds": 0.5},
-    {
-        "step": 6,
-        "consumed_samples": 24,
-        "before": {NAMES[0]: 16, NAMES[1]: 8},
-        "after": {NAMES[0]: 24, NAMES[1]: 16},
-        "seconds": 0.25,
-    },
+    GrowthRecord(3, 12, {NAMES[0]: 8}, {NAMES[0]: 16}, seconds=0.5),
+    GrowthRecord(6, 24, {NAMES[0]: 16, NAMES[1]: 8}, {NAMES[0]: 24, NAMES[1]: 16}, seconds=0.25),
 ]
+STATE = TrainState(step=10, consumed_samples=40, skipped_steps=1, growth=GROWTH)
 FINAL = {**START, NAMES[0]: 24, NAMES[1]: 16}
+
+
+def test_the_periods_of_a_run_are_found_from_its_end_backwards():
+    assert STATE.rank_periods(FINAL) == [
+        RankPeriod(0, 12, START),
+        RankPeriod(3, 12, grown(NAMES[:1], 16)),
+        RankPeriod(6, 16, FINAL),
+    ]
+    assert TrainState(step=5, consumed_samples=20).rank_periods({}) == [RankPeriod(0, 20, {})]
 
 
 def test_flops_are_counted_at_the_ranks_each_step_had():
     per_token = [training_flops_per_token(CONFIG.model, ranks) for ranks in (START, grown(NAMES[:1], 16), FINAL)]
     tokens = 4 * 32
     expected = tokens * (3 * per_token[0] + 3 * per_token[1] + 4 * per_token[2])
-    executed, dense = executed_flops(CONFIG, FINAL, GROWTH, 40)
+    executed, dense = executed_flops(CONFIG, STATE.rank_periods(FINAL))
     assert executed == expected
     assert dense == 10 * tokens * training_flops_per_token(CONFIG.model, {})
     assert executed < dense
 
 
 def test_a_dense_run_costs_what_the_dense_model_costs():
-    executed, dense = executed_flops(CONFIG, {}, [], 40)
+    executed, dense = executed_flops(CONFIG, [RankPeriod(0, 40, {})])
     assert executed == dense
     assert dense_flops_ratio(CONFIG, {}) == 1.0
 
@@ -77,18 +83,9 @@ def test_an_additive_model_is_the_dense_one_and_its_factors(family, layers):
 
 
 def _summarized(config: RunConfig, ranks: dict[str, int], *, step: int, consumed_samples: int) -> dict[str, Any]:
-    """Summary of a run that neither grew, nor validated, nor saved."""
-    return summarize(
-        config,
-        ranks,
-        [],
-        step=step,
-        consumed_samples=consumed_samples,
-        lm_loss=3.0,
-        validation_loss=None,
-        skipped_steps=0,
-        checkpoint=None,
-    )
+    """The facts of a run that neither grew, nor validated, nor saved."""
+    state = TrainState(step=step, consumed_samples=consumed_samples)
+    return summarize(config, ranks, state, lm_loss=3.0, validation=None, checkpoint=None)
 
 
 def test_summary_tells_trained_from_frozen(tmp_path):
@@ -107,24 +104,15 @@ def test_perplexity_does_not_overflow():
 
 
 def test_summary_holds_the_facts_and_the_next_commands(tmp_path):
-    facts = summarize(
-        CONFIG,
-        FINAL,
-        GROWTH,
-        step=10,
-        consumed_samples=40,
-        lm_loss=3.0,
-        validation_loss=2.5,
-        skipped_steps=1,
-        checkpoint=tmp_path / "a run" / "checkpoints" / "step_000000010",
-    )
+    newest = tmp_path / "a run" / "checkpoints" / "step_000000010"
+    facts = summarize(CONFIG, FINAL, STATE, lm_loss=3.0, validation=Validation(2.5), checkpoint=newest)
     assert facts["perplexity"] == pytest.approx(math.exp(2.5))
     assert facts["parameters"] == total_parameters(CONFIG.model, FINAL)
     assert facts["augmentation_seconds"] == 0.75
     assert facts["consumed_tokens"] == 10 * 4 * 32
     text = summary_text(facts, tmp_path / "a run")
     assert "validation loss 2.5000, perplexity 12.18" in text
-    assert [event["step"] for event in facts["augmentations"]] == [event["step"] for event in GROWTH]
+    assert [event["step"] for event in facts["augmentations"]] == [record.step for record in GROWTH]
     assert facts["augmentations"][-1]["mean_rank"] == facts["mean_rank"]
     assert facts["augmentations"][0]["mean_rank"] < facts["mean_rank"]
     assert "after 2 augmentations:" in text

@@ -1,27 +1,27 @@
 """Policies are pure: singular values in, target ranks out; and the null of the explained-ratio rule."""
 
 import dataclasses
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
 
 from model.config import ModelConfig, Projection, factored_projections
-from pretrain.policies import (
+from pretrain.policies.budget import affordable_parameters
+from pretrain.policies.excess_explained_ratio import ROUNDING, used_rank
+from pretrain.policies.explained_ratio import explained_ratio, explaining_rank
+from pretrain.policies.gradient import GradientPolicy
+from pretrain.policies.policy import (
     LayerMeasurement,
     RankConfig,
     RankEvent,
-    affordable_parameters,
-    build_policy,
-    check_rank_config,
-    check_start_ranks,
     decide_ranks,
     limit_growth,
     rank_cap,
     truncated_ranks,
-    with_default_pace,
 )
-from pretrain.policies.excess_explained_ratio import ROUNDING, used_rank
-from pretrain.policies.explained_ratio import explained_ratio, explaining_rank, untrained_ranks
+from pretrain.policies.select import POLICIES, build_policy, check_rank_config, check_start_ranks, with_defaults
+from pretrain.train_state import GrowthRecord
 
 WIDE = Projection("wide", 0, "fc1", 64, 192, True, True, False)  # breaks even at 48
 SQUARE = Projection("square", 0, "proj", 64, 64, True, False, True)  # breaks even at 32
@@ -124,7 +124,7 @@ def test_explained_ratio_is_due_every_so_often_inside_its_window():
 def test_untrained_factors_have_a_fixed_point():
     rank = RankConfig(policy="explained_ratio", initial=16, quantum=8, buffer=8, threshold=0.9, start_step=1000)
     flat, steep = layer(16), layer(16, SQUARE, 10.0 * 0.3 ** np.arange(16))
-    null = untrained_ranks([flat, steep], rank)
+    null = build_policy(rank, 1000).untrained_ranks([flat, steep])
     assert null == {"wide": 24, "square": 16}
     assert flat.rank == 16
 
@@ -162,7 +162,7 @@ MODEL = ModelConfig(layers=1, hidden=64, heads=4, ffn=192, family="gpt2")  # pro
 )
 def test_rank_settings_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ValueError, match=r"rank\.") as refused:
-        check_rank_config(with_default_pace(RankConfig(**settings), 1000), factored_projections(MODEL), 1000)
+        check_rank_config(with_defaults(RankConfig(**settings), 1000), factored_projections(MODEL), 1000)
     assert words in str(refused.value)
 
 
@@ -188,11 +188,11 @@ def test_events_that_cannot_happen_are_refused(events, words):
 
 
 def test_measuring_policies_decide_in_the_first_quarter_of_a_run():
-    rank = with_default_pace(RankConfig(policy="gradient"), 2000)
+    rank = with_defaults(RankConfig(policy="gradient"), 2000)
     assert _decisions(rank, 2000) == list(range(50, 501, 50))
     given = RankConfig(policy="gradient", check_every=7, stop_step=9)
-    assert with_default_pace(given, 2000) == given
-    assert with_default_pace(RankConfig(policy="schedule"), 2000) == RankConfig(policy="schedule")
+    assert with_defaults(given, 2000) == given
+    assert with_defaults(RankConfig(policy="schedule"), 2000) == RankConfig(policy="schedule")
 
 
 @pytest.mark.parametrize("steps", [100, 399, 400, 1999, 2080, 40_000])
@@ -201,12 +201,32 @@ def test_measuring_policies_decide_in_the_first_quarter_of_a_run():
 def test_default_decisions_are_few_wherever_growth_stops(steps, start_step, stop_step):
     """Ten in a run, and one in 200 steps: with what one costs (docs/lab-notes.md) that is under half a percent, but for
     runs that are shorter than that."""
-    rank = with_default_pace(RankConfig(policy="gradient", start_step=start_step, stop_step=stop_step), steps)
+    rank = with_defaults(RankConfig(policy="gradient", start_step=start_step, stop_step=stop_step), steps)
     assert 1 <= len(_decisions(rank, steps)) <= max(1, min(10, steps // 200))
 
 
 def _decisions(rank, steps):
     return [step for step in range(steps) if build_policy(rank, steps).due(step)]
+
+
+def test_every_policy_that_can_be_named_is_there_and_its_defaults_are_settings():
+    assert list(POLICIES) == list(get_args(RankConfig.model_fields["policy"].annotation))
+    for name, policy in POLICIES.items():
+        RankConfig.model_validate({"policy": name, **policy.defaults})
+
+
+def test_a_policy_declares_its_defaults_and_that_it_needs_a_budget(monkeypatch):
+    class Demanding(GradientPolicy):
+        budget = "required"
+        defaults: ClassVar = {"threshold": 0.5, "initial": 16}
+
+    monkeypatch.setitem(POLICIES, "gradient", Demanding)
+    rank = with_defaults(RankConfig(policy="gradient", threshold=0.7), 1000)
+    assert (rank.threshold, rank.initial, rank.stop_step) == (0.7, 16, 250)
+    assert with_defaults(rank, 1000) == rank
+    with pytest.raises(ValueError, match="there is none: set rank"):
+        check_rank_config(rank, factored_projections(MODEL), 1000)
+    check_rank_config(rank.model_copy(update={"budget": 1.0}), factored_projections(MODEL), 1000)
 
 
 def test_dense_models_have_nothing_to_grow():
@@ -322,7 +342,7 @@ def test_budget_in_parameters_and_in_flops_of_the_whole_run():
     assert affordable_parameters(RankConfig(), parts, {"wide": 8, "square": 8}, [], 150, 300) is None
     flops = RankConfig(budget=0.5, budget_unit="flops")
     # 40 of 100 steps at rank 8, 10 at 16: what they left of half of the dense run's is for the other 50.
-    growth = [{"consumed_samples": 120, "before": {"wide": 8, "square": 8}, "after": {"wide": 16, "square": 16}}]
+    growth = [GrowthRecord(40, 120, {"wide": 8, "square": 8}, {"wide": 16, "square": 16}, seconds=0.1)]
     cost = 64 + 192 + 64 + 64
     expected = (0.5 * dense * 100 - 8 * cost * 40 - 16 * cost * 10) / 50
     now = {"wide": 16, "square": 16}
