@@ -87,7 +87,7 @@ def tear_down(engine: DeepSpeedEngine) -> None:
     engine.module = None  # says that it is gone
     if stage == 3:
         forget_engine(module)
-    gc.collect()  # masters and moments are gone before parameters are copied
+    gc.collect()  # what nobody keeps of masters and moments is gone before parameters are copied
     if stage == 3:
         return
     for owner in module.modules():
