@@ -90,7 +90,7 @@ def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
     sizes = {key: size / 1e9 for key, size in asdict(memory).items()}
     return (
         f"a process needs {memory.total / 1e9:,.1f} GB (weights {sizes['weights']:,.1f}, optimizer "
-        f"{sizes['optimizer']:,.1f}, and at the fullest moment {sizes['fullest']:,.1f} of activations "
+        f"{sizes['optimizer']:,.1f}, and where it is fullest {sizes['fullest']:,.1f} of activations "
         f"{sizes['activations']:,.1f}, gradients {sizes['gradients']:,.1f}, buffers {sizes['buffers']:,.1f}), and "
         f"{usable / 1e9:,.1f} GB of the device's {machine.memory_bytes / 1e9:,.1f} GB are usable,"
     )
