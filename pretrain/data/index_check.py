@@ -75,9 +75,9 @@ def check_index(prefix: Path, vocabulary: int, tokenizer_fingerprint: str) -> Co
         )
     content = scan_index(prefix, vocabulary)
     for name in ("documents", "tokens", "token_type"):
-        told, found = getattr(facts, name), getattr(content, name)
-        if told != found:
-            raise DataError(f"{index_path}: holds {name} {found}, and {facts_path.name} says {told}: {REBUILD}")
+        recorded, found = getattr(facts, name), getattr(content, name)
+        if recorded != found:
+            raise DataError(f"{index_path}: holds {name} {found}, and {facts_path.name} says {recorded}: {REBUILD}")
     if content.fingerprint != facts.fingerprint:
         raise DataError(
             f"{tokens_path} or {index_path.name} was changed after it was written: its fingerprint is "

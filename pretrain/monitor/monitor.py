@@ -86,7 +86,7 @@ class Monitor:
         self._tracked = [(line["step"], effective_ranks_of_updates(line)) for line in self._tracking.read()]
         logged = self._metrics.read()
         if logged and "training_flops" in logged[-1]:  # lines of earlier versions have none
-            self._spending.take_up(logged[-1], resumed_step)
+            self._spending.continue_from(logged[-1], resumed_step)
         self._board = Board(self._folder / "tensorboard", self._config, resumed_step, self._spending)
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:

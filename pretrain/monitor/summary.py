@@ -1,8 +1,8 @@
 """What a run came to: loss, size and arithmetic against the dense model, growth, and what to do next.
 
-FLOPs are counted from the ranks each step really had, by `model.costs.arithmetic`; against them stands the same number
-of tokens through the dense model. That ratio is arithmetic, not time: what of it is gained in seconds depends on the
-device.
+FLOPs are counted by `model.costs.arithmetic` from the ranks that each step really had, and compared with those of the
+same number of tokens through the dense model. The ratio counts arithmetic, not time: how many seconds it saves depends
+on the device.
 """
 
 import shlex
@@ -82,9 +82,9 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
     lines = [
         f"step {facts['step']} of {facts['steps']}, {facts['consumed_tokens']:,} tokens, "
         f"{facts['skipped_steps']} steps skipped",
-        f"{where} loss {loss:.4f}, {_understanding(facts)}",
-        _against("parameters", facts["parameters"], facts["dense_parameters"], _sizes(facts)),
-        _against("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
+        f"{where} loss {loss:.4f}, {_perplexity_text(facts)}",
+        _compared_with_dense("parameters", facts["parameters"], facts["dense_parameters"], _sizes(facts)),
+        _compared_with_dense("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
     ]
     if facts["mean_rank"] is not None:
         lines.append(f"mean rank {facts['mean_rank']:.1f} after {len(facts['augmentations'])} augmentations:")
@@ -119,7 +119,8 @@ def _export_commands(folder: Path, *, causal: bool) -> list[str]:
     ]
 
 
-def _understanding(facts: Mapping[str, Any]) -> str:
+def _perplexity_text(facts: Mapping[str, Any]) -> str:
+    """Perplexity in words; for a masked objective also the share of hidden tokens that the model found."""
     if facts["objective"] == "causal":
         return f"perplexity {facts['perplexity']:.2f}"
     right = "" if facts["accuracy"] is None else f", {100.0 * facts['accuracy']:.1f} % of the hidden tokens found"
@@ -131,5 +132,6 @@ def _sizes(facts: Mapping[str, Any]) -> str:
     return f"{total:,}" if trained == total else f"{total:,} ({trained:,} trained, the others frozen)"
 
 
-def _against(name: str, ours: float, dense: float, shown: str) -> str:
+def _compared_with_dense(name: str, ours: float, dense: float, shown: str) -> str:
+    """`shown` with what `ours` is as a share of `dense`; without the share if `dense` is 0."""
     return f"{name} {shown}: {100.0 * ours / dense:.1f} % of the dense model's" if dense else f"{name} {shown}"

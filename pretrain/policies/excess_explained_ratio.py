@@ -21,7 +21,8 @@ from model.spectrum import energy_rank
 from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy
 
 ROUNDING = 0.005
-"""Of both factors to bf16, whose entries err by up to 2⁻⁹ each: below that nothing can be said about an update."""
+"""Relative error of rounding both factors to bf16, up to 2⁻⁹ for each entry. A smaller update cannot be told from
+rounding."""
 
 
 def used_rank(layer: LayerMeasurement, threshold: float) -> int:
@@ -32,7 +33,8 @@ def used_rank(layer: LayerMeasurement, threshold: float) -> int:
 
 
 def used_up(layer: LayerMeasurement, threshold: float) -> int:
-    """The rank that the update uses up: half of the directions that it can have are all of the rank."""
+    """The rank that the update uses up. An update that uses half of the directions it can have uses up all of the
+    rank."""
     return used_rank(layer, threshold) * (2 if layer.projection.additive else 1)
 
 

@@ -144,7 +144,7 @@ _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|NCCL 
 
 
 @contextmanager
-def lost_peers_told() -> Iterator[None]:
+def lost_peers_reported() -> Iterator[None]:
     """Turns what torch raises when another process has gone into one sentence; no other error."""
     try:
         yield

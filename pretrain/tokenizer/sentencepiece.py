@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{self.path} is not a sentencepiece model: train one with tools/train_tokenizer.py"
             ) from error
         self.model = sentencepiece_model_pb2.ModelProto.FromString(content)
-        reason = _reason_against(self.model)
+        reason = _unmet_condition(self.model)
         if reason:
             raise DataError(
                 f"the tokenizer {self.path} cannot be used exactly: {reason}; train one with tools/train_tokenizer.py"
@@ -204,7 +204,7 @@ def is_exact(path: Path) -> bool:
     return True
 
 
-def _reason_against(model: Any) -> str | None:
+def _unmet_condition(model: Any) -> str | None:
     """Why a model does not meet the conditions in this module's docstring, or None."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (TrainerSpec.BPE, TrainerSpec.UNIGRAM):

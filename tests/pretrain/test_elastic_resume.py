@@ -25,7 +25,7 @@ from tests.support.elastic import (
     Found,
     Place,
     many_processes,
-    take_up_and_look,
+    resume_and_look,
     train_and_look,
     train_and_note_samples,
 )
@@ -174,7 +174,7 @@ def test_any_layout_takes_up_the_logical_state(
     source = written(SOURCES[kind], kind)
     folder = shutil.copytree(source.folder, tmp_path / "run")
     overrides = [*place.settings, f"run.folder={folder}", f"train.steps={WRITTEN_AT + 1}"]
-    for found in run(take_up_and_look, place.processes, str(source.config), overrides, timeout_seconds=SECONDS):
+    for found in run(resume_and_look, place.processes, str(source.config), overrides, timeout_seconds=SECONDS):
         _assert_same(source.checkpoint, found)
 
 

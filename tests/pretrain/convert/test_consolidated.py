@@ -48,12 +48,12 @@ def test_equals_the_logical_tensors(
 ) -> None:
     reader = CheckpointReader(save_model(tmp_path / "checkpoints", config, ranks, tokenizer))
     output = tmp_path / "deep" / "merged"
-    told: list[str] = []
-    write_consolidated(reader, output, 10**9, on_parameter=told.append)
+    reported: list[str] = []
+    write_consolidated(reader, output, 10**9, on_parameter=reported.append)
     assert contents(output) == ["espalier.json", "model.safetensors", "tokenizer.model"]
     assert hidden_names(output.parent) == []
     expected = random_tensors(config, ranks, seed=3)
-    assert sorted(told) == sorted(expected)
+    assert sorted(reported) == sorted(expected)
     model = ConsolidatedModel(output)
     assert model.config == config
     assert model.ranks == ranks
