@@ -96,8 +96,7 @@ def _due(step: int, interval: int) -> bool:
 
 
 def run_training(config: RunConfig, processes: int) -> Trainer | None:
-    """Everything between the command line and the loop, and the loop; all processes call it. None: nothing was left to
-    do."""
+    """Runs or continues the training of `config`; all processes call it. None if the run was complete already."""
     config.layout(processes)
     folder = Path(config.run.folder)
     own = [
@@ -108,9 +107,9 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     together(lambda: refuse_foreign_folder(folder, own))
     tokenizer = together(lambda: open_tokenizer(config.data.tokenizer))
     if config.train.objective == "mlm":
-        together(lambda: mask_token(tokenizer))  # nothing is written for a run that could not begin
+        together(lambda: mask_token(tokenizer))  # checked before anything is written
     config = config.with_vocabulary(tokenizer.vocabulary)
-    layout = config.layout(processes)  # once more: only now is the vocabulary known
+    layout = config.layout(processes)  # again, now that the vocabulary is known
     config = together(partial(with_deepspeed_file, config, layout))
     together(lambda: check_memory(config, processes))
     initialize_process_groups(config.parallel.tensor, collective_timeout(config.guard.hang_seconds))
@@ -124,7 +123,7 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
             except RollBack as error:
                 if rollbacks >= config.guard.rollbacks:
                     raise agreed(f"{error.reason}; guard.rollbacks, {config.guard.rollbacks}, are used up") from None
-                rollback = error.with_traceback(None)  # which holds all that the life before had
+                rollback = error.with_traceback(None)  # the traceback would keep engine and model alive
                 gc.collect()
                 release_free_memory()
     raise AssertionError("the loop above ends by itself")
@@ -137,7 +136,10 @@ def _cache(config: RunConfig) -> Path:
 def _run_once(
     config: RunConfig, processes: int, tokenizer: Tokenizer, signals: Signals, rollback: RollBack | None
 ) -> Trainer | None:
-    """From the newest checkpoint to the end of the run, or to where it turns back."""
+    """Trains from the newest checkpoint to the end of the run, or until a RollBack.
+
+    `rollback`: the one after which the run begins here again. None if the run was complete already.
+    """
     layout, folder = config.layout(processes), Path(config.run.folder)
     checkpoints = folder / "checkpoints"
     reader = open_newest(checkpoints, config)

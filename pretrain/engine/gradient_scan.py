@@ -27,7 +27,7 @@ are not supported here.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -129,9 +129,9 @@ def _order_instead_of_waiting(stream: Any) -> None:
         stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
-class _Scanned(ABC):
+class _Scanned(metaclass=ABCMeta):
     """Methods that both of DeepSpeed's ZeRO optimizers share; the first base class, so that they override
-    DeepSpeed's."""
+    DeepSpeed's. The base class `ABC` would give objects another layout, and `attach` could not assign the class."""
 
     summed_squared_norm: float | None
     """Squared norm over all processes, for the coming step; None until it is known."""

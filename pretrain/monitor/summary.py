@@ -1,4 +1,4 @@
-"""What a run came to: loss, size and arithmetic against the dense model, growth, and what to do next.
+"""Summarizes a run: loss, size and arithmetic compared with the dense model, growth, and commands to go on with.
 
 FLOPs are counted by `model.costs.arithmetic` from the ranks that each step really had, and compared with those of the
 same number of tokens through the dense model. The ratio counts arithmetic, not time: how many seconds it saves depends
@@ -39,8 +39,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The facts of a run that stands at `state`.
 
-    `ranks` are the present ones, `lm_loss` and `validation` the last ones, `checkpoint` is the last one committed. The
-    perplexity of a masked objective is exp of the loss of a hidden token, a pseudo-perplexity.
+    `ranks`: the present ones; `lm_loss`, `validation`: the last ones; `checkpoint`: the last one committed. For a masked
+    objective the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
     """
     periods = state.rank_periods(ranks)
     executed, dense = executed_flops(config, periods)
@@ -74,7 +74,7 @@ def _mean(ranks: Mapping[str, int]) -> float:
 
 
 def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
-    """The facts for a reader at the end of a run, with the commands that follow."""
+    """The facts as text for the end of a run, with the commands to go on with."""
     validation = facts["validation_loss"]
     where = "training" if validation is None else "validation"
     loss = facts["lm_loss"] if validation is None else validation
@@ -103,7 +103,7 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
 
 
 def _export_commands(folder: Path, *, causal: bool) -> list[str]:
-    """How to take the model out of the run; transformers has no class for a masked one."""
+    """Commands that export the model; a masked model can only be consolidated, as transformers has no class for it."""
     merged = shlex.quote(str(folder / "consolidated"))
     consolidate = f"  python tools/consolidate_checkpoint.py --checkpoint {shlex.quote(str(folder))} --output {merged}"
     if not causal:
