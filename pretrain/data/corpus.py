@@ -43,8 +43,8 @@ class Corpus:
 
     train: Any
     validation: dict[str, Any]
-    """Held-out sets by name; empty if there are none. A run is judged by the first one. A share of the corpus itself has
-    the empty name."""
+    """Held-out sets by name; empty if there are none. A run is judged by the first one. A share of the corpus itself
+    has the empty name."""
     tokenizer: Tokenizer
     fingerprint: str
     """Checksum of the text that a run trains on, which differs for any other or changed text."""
@@ -136,8 +136,8 @@ class _Opener:
                     )
 
     def open(self, wanted: _Set, folder: Path, builds_here: Callable[[], bool]) -> tuple[Any, Any]:
-        """The training and the validation share; None if the split or the number of samples leaves none, or if this process
-        builds none."""
+        """The training and the validation share; None if the split or the number of samples leaves none, or if this
+        process builds none."""
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset
 
@@ -187,8 +187,8 @@ def batch_at(dataset: Any, first_sample: int, micro_batch: int) -> dict[str, Ten
 
 
 def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, positions and mask of a batch, as the model's forward takes them, on its device. Where a GPU needs no mask, it
-    gets the bounds of documents instead."""
+    """Tokens, positions and mask of a batch, as the model's forward takes them, on its device. Where a GPU needs no
+    mask, it gets the bounds of documents instead."""
     tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
     if not config.data.within_documents:
         return tokens, positions, None

@@ -17,7 +17,8 @@ NUMBER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 class WithinDocuments:
-    """The samples of a `GPTDataset` with positions that begin anew at every document, and marks where documents begin."""
+    """The samples of a `GPTDataset` with positions that begin anew at every document, and marks where documents
+    begin."""
 
     def __init__(self, samples: Any, end_of_document: int) -> None:
         self._samples, self._end = samples, end_of_document
@@ -50,8 +51,8 @@ def document_bounds(starts: Tensor) -> Tensor:
 
 
 def outside_mask(positions: Tensor, kind: torch.dtype, *, causal: bool) -> Tensor:
-    """Attention mask `(batch, 1, seq, seq)` from `positions (batch, seq)`: -inf where a query must not look, else 0. It must
-    not look at other documents, nor at later tokens if `causal`."""
+    """Attention mask `(batch, 1, seq, seq)` from `positions (batch, seq)`: -inf where a query must not look, else 0. It
+    must not look at other documents, nor at later tokens if `causal`."""
     document = (positions == 0).cumsum(-1)
     hidden = document[:, None, :, None] != document[:, None, None, :]
     if causal:

@@ -27,8 +27,8 @@ builds any. A collective."""
 
 
 def build_in_order(cache: Path, needed_bytes: int, build: Build[Datasets]) -> Datasets:
-    """Writes the indices below `cache`, and returns the datasets that use them; a collective of the default process group,
-    if there is one."""
+    """Writes the indices below `cache`, and returns the datasets that use them; a collective of the default process
+    group, if there is one."""
     folder = cache / INDEX_FOLDER
     if not dist.is_initialized():
         _make_folder(folder, needed_bytes)
@@ -92,8 +92,8 @@ def _mark(folder: Path) -> str | None:
 
 
 def _make_folder(folder: Path, needed_bytes: int) -> None:
-    """Makes an empty folder that only this user can enter, with a mark that tells it from others of the same path. An error
-    if the disk has no room for the indices."""
+    """Makes an empty folder that only this user can enter, with a mark that tells it from others of the same path. An
+    error if the disk has no room for the indices."""
     try:
         if folder.is_symlink() or folder.is_file():
             folder.unlink()

@@ -125,7 +125,8 @@ def scan_index(prefix: Path, vocabulary: int) -> IndexContent:
 
 
 def _check_header(path: Path, file: BinaryIO) -> tuple[int, int, int]:
-    """Type code, and numbers of sequences and of document boundaries, from the header; checked against the file's size."""
+    """Type code, and numbers of sequences and of document boundaries, from the header; checked against the file's
+    size."""
     size = os.fstat(file.fileno()).st_size
     header = file.read(HEADER.size)
     if len(header) < HEADER.size:

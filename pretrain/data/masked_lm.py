@@ -94,8 +94,8 @@ class MaskedSamples:
         }
 
     def _choose(self, labels: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """Different places in a sample, the same number in each: those with the smallest random numbers, ordinary tokens
-        first."""
+        """Different places in a sample, the same number in each: those with the smallest random numbers, ordinary
+        tokens first."""
         count = max(1, round(self._probability * len(labels)))
         numbers = draw.random(len(labels)) + ~self._ordinary[labels]
         return np.argsort(numbers, kind="stable")[:count]

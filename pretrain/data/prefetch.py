@@ -44,8 +44,8 @@ class Prefetch:
 
 
 def training_starts(train: TrainConfig, step: int, consumed_samples: int) -> Iterator[int]:
-    """First samples of this process's micro-batches from training step `step` to the end of the run; `consumed_samples`:
-    those taken before."""
+    """First samples of this process's micro-batches from training step `step` to the end of the run;
+    `consumed_samples`: those taken before."""
     for at in range(step, train.steps):
         sequences = global_batch_at(at, train.global_batch, train.batch_ramp)
         for micro_step in range(sequences // (train.micro_batch * data_size())):

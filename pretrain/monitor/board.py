@@ -97,7 +97,7 @@ def memory_scalars() -> dict[str, float]:
 
 
 def _writer(folder: Path, reached: int) -> SummaryWriter:
-    """A writer into `folder`. What an earlier start of the run wrote after `reached` is removed."""
+    """A writer into `folder`; TensorBoard drops what an earlier start of the run wrote there after `reached`."""
     return SummaryWriter(str(folder), purge_step=reached + 1 if reached else 0, flush_secs=10)
 
 

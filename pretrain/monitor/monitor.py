@@ -90,8 +90,8 @@ class Monitor:
         self._board = Board(self._folder / "tensorboard", self._config, resumed_step, self._spending)
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:
-        """Takes a step's metrics; the first, the last and every train.log_every-th are shown, with the pace since the last one
-        shown."""
+        """Takes a step's metrics; the first, the last and every train.log_every-th are shown, with the pace since the
+        last one shown."""
         if not self._active:
             return
         self._since_logged.append(metrics)

@@ -39,8 +39,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The facts of a run that stands at `state`.
 
-    `ranks`: the present ones; `lm_loss`, `validation`: the last ones; `checkpoint`: the last one committed. For a masked
-    objective the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
+    `ranks`: the present ones; `lm_loss`, `validation`: the last ones; `checkpoint`: the last one committed. For a
+    masked objective the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
     """
     periods = state.rank_periods(ranks)
     executed, dense = executed_flops(config, periods)

@@ -65,7 +65,8 @@ class Tracker:
                 self._hooks.append(weight.register_hook(partial(self._add, projection.name, 1.0 / loss_scale)))
 
     def _add(self, name: str, unscale: float, gradient: Tensor) -> None:
-        """DeepSpeed has divided the loss by the number of micro-steps, and multiplied it by the loss scale."""
+        """Adds one micro-step's gradient. DeepSpeed has divided the loss by the number of micro-steps, and multiplied
+        it by the loss scale, which `unscale` undoes."""
         unscaled = gradient.detach().float() * unscale
         self._gradients[name] = self._gradients[name] + unscaled if name in self._gradients else unscaled
 
@@ -93,7 +94,8 @@ class Tracker:
         return spectra
 
     def _update_spectra(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
-        """Spectra of the updates, from the masters: a 16-bit weight is rounded more coarsely than a short run changes it."""
+        """Spectra of the updates, from the masters: a 16-bit weight is rounded more coarsely than a short run changes
+        it."""
         masters = _master_fragments(engine)
         parameters, layouts = dict(engine.module.named_parameters()), tensor_layouts(engine.module)
 
@@ -130,8 +132,8 @@ class Tracker:
         return spectra
 
     def _principal_deviations(self, hidden: Tensor) -> Tensor:
-        """Standard deviations `(hidden,)` along the principal directions of `hidden (seq, batch, hidden)`, or of this process's
-        `hidden/tp` of it; a collective."""
+        """Standard deviations `(hidden,)` along the principal directions of `hidden (seq, batch, hidden)`, or of this
+        process's `hidden/tp` of it; a collective."""
         whole = hidden if hidden.shape[-1] == self._hidden else all_gathered(hidden)
         tokens = whole.flatten(0, 1).double()
         mean = tokens.mean(dim=0) / data_size()
@@ -152,8 +154,8 @@ def _master_fragments(engine: DeepSpeedEngine) -> dict[str, list[Fragment]]:
 
 
 def _finite(spectra: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The spectra without those that are not finite, such as gradients of a step that fp16 skips. All processes have the same
-    numbers, so they leave out the same ones."""
+    """The spectra without those that are not finite, such as gradients of a step that fp16 skips. All processes have
+    the same numbers, so they leave out the same ones."""
     if not spectra:
         return {}
     everything = torch.cat(list(spectra.values())).cpu().split([len(values) for values in spectra.values()])

@@ -44,8 +44,8 @@ SPACE = "\u2581"
 END_OF_DOCUMENT = f"<|end{SPACE}of{SPACE}document|>"
 """Spelling of the control token behind every document; added by id, never read from text."""
 MASK = "<mask>"
-"""Spelling of the control token that hides a token from a masked objective, if the tokenizer has one; added by id, never
-read from text."""
+"""Spelling of the control token that hides a token from a masked objective, if the tokenizer has one; added by id,
+never read from text."""
 MAXIMUM_RUN = 1536
 """Longest run of spaces, and of other characters, that is encoded as a whole."""
 SCORE_QUANTUM = 2.0**-7
