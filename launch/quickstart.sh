@@ -144,9 +144,9 @@ if [ -n "$steps" ]; then
     settings+=("train.validate_every=$((steps < 4 ? steps : steps / 4))" "checkpoint.every=$((steps < 4 ? steps : steps / 4))")
     if [ "$steps" -ge 8 ]; then
         events="[{step: $((steps / 4)), rank: 32}, {step: $((steps * 45 / 100)), rank: 48}]"
-        settings+=("rank.policy=schedule" "rank.events=$events")
+        settings+=("rank.policy=schedule" "rank.schedule=$events")
     else
-        settings+=("rank.policy=fixed" "rank.events=[]") # too short to grow
+        settings+=("rank.policy=fixed" "rank.schedule=[]") # too short to grow
     fi
 fi
 # megatron-core's remarks about parts that Espalier does not use.

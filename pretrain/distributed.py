@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 def imports_out_of_collection() -> Iterator[None]:
     """Inside, the garbage collector leaves alone what is there already.
 
-    Imports leave a million objects behind; walking them makes a full collection, of which every augmentation needs one,
+    Imports leave a million objects behind; walking them makes a full collection, of which every growth event needs one,
     take 0.3 s instead of 0.02.
     """
     gc.collect()

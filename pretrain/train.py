@@ -54,7 +54,7 @@ def train(trainer: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -
             monitor.decision(state.step, decision.answer.seconds, decision.answer.flops)
         if decision is not None and decision.growth is not None:
             guard.forget()
-            monitor.augmentation(decision.growth)
+            monitor.growth(decision.growth)
 
         metrics = trainer.train_step(lambda: guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)

@@ -1,4 +1,4 @@
-"""What one run consists of, and its moves: a training step, a validation, an augmentation, a checkpoint.
+"""What one run consists of, and its moves: a training step, a validation, a growth event, a checkpoint.
 
 `Trainer` holds everything that lives as long as the run. `pretrain/growth/rank_control.py` measures for the policy and
 asks it; the loop that makes the moves is in `pretrain/train.py`.
@@ -40,7 +40,7 @@ from pretrain.engine.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.engine.replica_check import check_replicas
 from pretrain.engine.zero3 import drop_gathered, held, hold
 from pretrain.errors import agreed
-from pretrain.growth.augmentation import augment
+from pretrain.growth.event import change_ranks
 from pretrain.growth.initial_values import initial_model
 from pretrain.growth.rank_control import Answer, RankControl
 from pretrain.growth.spectra import measure_spectra
@@ -257,7 +257,7 @@ class Trainer:
         if answer.plan is None:
             return Decision(answer, None)
         heartbeat.at("event.begin", self.state.step)
-        self.engine, record = augment(
+        self.engine, record = change_ranks(
             self.engine,
             answer.plan,
             rebuild=self._new_engine,

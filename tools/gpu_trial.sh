@@ -194,7 +194,7 @@ if [[ "$rungs" == *" 2 "* ]]; then
     text
     for stage in 2 3; do
         settings=("${tiny[@]}" "deepspeed.stage=$stage" "train.steps=$steps" schedule.warmup_steps=4 train.log_every=1
-            "rank.events=[{step: $((steps / 3)), rank: 32}]" "checkpoint.every=$((steps / 2))" "train.validate_every=$((steps / 2))")
+            "rank.schedule=[{step: $((steps / 3)), rank: 32}]" "checkpoint.every=$((steps / 2))" "train.validate_every=$((steps / 2))")
         train "zero_$stage" 50 "zero_$stage" "${settings[@]}"
         # Without its last checkpoint the run goes on from the middle, behind the growth, and has to find the same losses.
         rm -rf "$work/zero_$stage/checkpoints/step_$(printf %09d "$steps")" "$work/zero_$stage/checkpoints/latest"
@@ -202,9 +202,9 @@ if [[ "$rungs" == *" 2 "* ]]; then
         train "zero_${stage}_resumed" 50 "zero_$stage" "${settings[@]}"
         part "zero_${stage}_same" 30 "$python" -c "$same_losses" "$work/before_$stage.jsonl" "$work/zero_$stage/metrics.jsonl" "$((steps / 2))"
     done
-    part events 110 "$python" tools/benchmarks/augmentation.py --only events "${grown[@]}" "${events[@]}" --precision bf16 --json "$out/events.json"
-    part spectra 60 "$python" tools/benchmarks/augmentation.py --only spectra "${spectra[@]}" --json "$out/spectra.json"
-    part memory 90 "$python" tools/benchmarks/augmentation.py --only memory "${grown[@]:0:8}" --batch 2 --precision bf16 --json "$out/memory.json"
+    part events 110 "$python" tools/benchmarks/growth.py --only events "${grown[@]}" "${events[@]}" --precision bf16 --json "$out/events.json"
+    part spectra 60 "$python" tools/benchmarks/growth.py --only spectra "${spectra[@]}" --json "$out/spectra.json"
+    part memory 90 "$python" tools/benchmarks/growth.py --only memory "${grown[@]:0:8}" --batch 2 --precision bf16 --json "$out/memory.json"
 fi
 if [[ "$rungs" == *" 3 "* ]]; then
     step gpt2_medium 130 "${gpt2[@]}" --blocks --profile "$out/profile_gpt2"
@@ -242,9 +242,9 @@ if [[ "$rungs" == *" 5 "* ]]; then
     [ "$dry" != 1 ] || race+=("${tiny[@]}")
     for kind in dense fixed growing; do
         case "$kind" in
-        dense) how=(model.parametrization=dense rank.policy=fixed "rank.events=[]") ;;
-        fixed) how=("rank.initial=$race_rank" "rank.quantum=8" rank.policy=fixed "rank.events=[]") ;;
-        growing) how=("rank.initial=$race_first" "rank.quantum=8" rank.policy=schedule "rank.events=$race_events") ;;
+        dense) how=(model.parametrization=dense rank.policy=fixed "rank.schedule=[]") ;;
+        fixed) how=("rank.initial=$race_rank" "rank.quantum=8" rank.policy=fixed "rank.schedule=[]") ;;
+        growing) how=("rank.initial=$race_first" "rank.quantum=8" rank.policy=schedule "rank.schedule=$race_events") ;;
         esac
         train "race_$kind" 155 "race_$kind" "${race[@]}" "${how[@]}" checkpoint.every=0 schedule.warmup_steps=2
     done

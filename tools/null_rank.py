@@ -26,13 +26,13 @@ from model.gpt import EspalierModel, build_model
 from model.initialization import generator_for, new_directions
 from model.process_groups import single_process
 from pretrain.errors import ConfigError, run_command
-from pretrain.growth.augmentation import RankMeasurement, layer_measurements
+from pretrain.growth.event import RankMeasurement, layer_measurements
 from pretrain.growth.probe import GradientProbe
 from pretrain.growth.spectra import measure_spectra, measure_updates, row_norms
 from pretrain.policies.budget import affordable_parameters
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
-from pretrain.policies.policy import RankConfig, RankEvent, decide_ranks
+from pretrain.policies.policy import RankConfig, ScheduleEntry, decide_ranks
 from pretrain.policies.select import build_policy
 from tools.console import progress, table_lines
 from tools.corpus.documents import find_files, read_documents
@@ -49,7 +49,7 @@ _LEARNING_RATE = 4e-3
 MEASURING = ("excess_explained_ratio", "gradient")
 POLICIES: dict[str, dict[str, Any]] = {
     "fixed": {},
-    "schedule": {"events": (RankEvent(step=10, rank=16), RankEvent(step=20, rank=24))},
+    "schedule": {"schedule": (ScheduleEntry(step=10, rank=16), ScheduleEntry(step=20, rank=24))},
     "explained_ratio": {"buffer": 4},
     "excess_explained_ratio": {"buffer": 4},
     "gradient": {"budget": 0.5, "probe": 8},

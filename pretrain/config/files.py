@@ -7,7 +7,7 @@ Everything here works on plain mappings and on any pydantic model. The settings 
 import difflib
 import importlib.resources
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,8 @@ from pretrain.errors import ConfigError
 MAXIMUM_BYTES = 256 * 1024
 MAXIMUM_DEPTH = 32
 BASE_KEY = "extends"
+RENAMED = {"rank.events": "rank.schedule"}
+"""Settings of earlier versions (0.1), and what they are called now."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -176,6 +178,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        if path in RENAMED:
+            return f"{path} is called {RENAMED[path]} now: write that"
         nearest = nearest_setting(".".join(part for part in first["loc"] if isinstance(part, str)), model)
         return f"there is no setting {path}" + (f": did you mean {nearest}?" if nearest else "")
     if first["type"] == "missing":
@@ -185,6 +189,16 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "model_type":
         return f"{path} is {first['input']!r}, and it is a section: write {path}.key=value, or indent settings below it"
     return f"{path} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def with_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version wrote, under the names that settings have now."""
+    result = {name: dict(section) if isinstance(section, Mapping) else section for name, section in settings.items()}
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        if isinstance(result.get(section), dict) and old_key in result[section]:
+            result[section].setdefault(new_key, result[section].pop(old_key))
+    return result
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def tear_down(engine: DeepSpeedEngine) -> None:
     engine.module = None  # marks it as torn down
     if stage == 3:
         forget_engine(module)
-    gc.collect()  # frees masters and moments before parameters are copied
+    gc.collect()  # frees masters and moments that nobody keeps, before parameters are copied
     if stage == 3:
         return
     for owner in module.modules():

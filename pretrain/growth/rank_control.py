@@ -1,6 +1,6 @@
 """Asks the policy of a run: measures what it needs to know, and counts what asking costs.
 
-A policy is a pure decision about numbers; an augmentation carries out what it decides. Between the two stands
+A policy is a pure decision about numbers; a growth event carries out what it decides. Between the two stands
 `RankControl`: it attaches probes to the steps before a decision, takes the measurements, and knows the budget.
 """
 
@@ -24,7 +24,7 @@ from pretrain.config.run import RunConfig
 from pretrain.disk import open_tensors
 from pretrain.distributed import is_first_process, together
 from pretrain.errors import CheckpointError
-from pretrain.growth.augmentation import (
+from pretrain.growth.event import (
     RankMeasurement,
     RankPlan,
     layer_measurements,

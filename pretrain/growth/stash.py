@@ -1,4 +1,4 @@
-"""Where masters and moments wait while an augmentation builds the new engine.
+"""Where masters and moments wait while a growth event builds the new engine.
 
 The old engine's flat tensors can only be freed as a whole, and the new engine allocates its own, so both stand side by
 side for a while, and where the state waits depends on where there is room:
@@ -6,7 +6,9 @@ side for a while, and where the state waits depends on where there is room:
 - state on a device stays there, in the old engine's own tensors, as far as that makes no new peak of the run: no
   training step is under way, so the memory of its activations is free. For p parameters grown to p' that is
 
-      kept bytes ≤ largest bytes allocated so far − p'/p · bytes allocated now
+      kept bytes ≤ largest bytes allocated so far − p'/p · (bytes allocated now + bytes of the trained weights)
+
+  where the weights count twice, since engines are taken down and built by copying them
 
 - other state on a device waits in host memory
 - state in host memory (no GPU, or an offloaded optimizer) waits in files of the system's temporary folder (`TMPDIR`)
@@ -37,7 +39,7 @@ from pretrain.checkpoint.format import Fragment
 from pretrain.devices import processes_of_machine, synchronize
 from pretrain.distributed import together
 from pretrain.engine.optimizer_state import OptimizerState, gather, optimizer_state
-from pretrain.engine.zero3 import shape_of
+from pretrain.engine.zero3 import held, shape_of
 from pretrain.errors import EspalierError
 
 _CHUNK_BYTES = 64 * 2**20
@@ -56,11 +58,12 @@ class Stash:
     def __init__(self, engine: DeepSpeedEngine, growth: float) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="espalier_stash_", ignore_cleanup_errors=True)
         self._kept: dict[tuple[str, str], list[Fragment]] = {}
-        self._start_in_file: dict[str, int] = {}
+        self._start_in_file: dict[tuple[str, str], int] = {}
         parameters = engine.module.trained_parameters()
         self._shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
         self._places = {name: place for place, name in enumerate(parameters)}
         self._device = next(iter(parameters.values())).device
+        self._weight_bytes = sum(held(parameter)[1].nbytes for parameter in parameters.values())
         state = optimizer_state(engine)
         self.counters = state.counters()
         together(lambda: self._fill(state, growth))
@@ -78,15 +81,9 @@ class Stash:
                 on_device.append(fragment)
             else:
                 self._write(fragment)
-        leaving: list[Fragment] = []
-        spare_bytes = _spare_device_bytes(growth) if on_device else 0.0
-        for held in _by_storage(on_device):
-            size_bytes = held[0].values.untyped_storage().nbytes()
-            if size_bytes <= spare_bytes:
-                spare_bytes -= size_bytes
-                self._keep(held)
-            else:
-                leaving += held
+        spare_bytes = _spare_device_bytes(growth, self._weight_bytes) if on_device else 0.0
+        staying, leaving = staying_and_leaving(on_device, spare_bytes)
+        self._keep(staying)
         # The same in every event of a run, so that torch reuses the page-locked chunks of the last one.
         lockable = _LOCKED_SHARE * psutil.virtual_memory().total / processes_of_machine(dist.get_world_size())
         self._keep(host_copies(leaving, _CHUNK_BYTES, lockable))
@@ -100,7 +97,7 @@ class Stash:
         return Path(self._folder.name, f"{self._places[name]}_{key}.safetensors")
 
     def _write(self, fragment: Fragment) -> None:
-        self._start_in_file[fragment.name] = fragment.start
+        self._start_in_file[fragment.name, fragment.key] = fragment.start
         try:
             save_file({"values": fragment.values.detach()}, self._file(fragment.name, fragment.key))
         except (OSError, SafetensorError) as error:
@@ -116,16 +113,31 @@ class Stash:
 
     def _fragments(self, name: str, key: str) -> Iterator[Fragment]:
         yield from self._kept.pop((name, key), [])
-        if name in self._start_in_file:
+        if (name, key) in self._start_in_file:
             file = self._file(name, key)
             values = load_file(file)["values"]
             file.unlink()
-            yield Fragment(name, key, self._start_in_file[name], values)
+            yield Fragment(name, key, self._start_in_file[name, key], values)
 
 
-def _spare_device_bytes(growth: float) -> float:
+def _spare_device_bytes(growth: float, weight_bytes: int) -> float:
     """Bytes of this process's device that may keep state, by this module's equation; negative if there are none."""
-    return torch.cuda.max_memory_allocated() - growth * torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated() - growth * (torch.cuda.memory_allocated() + weight_bytes)
+
+
+def staying_and_leaving(fragments: Iterable[Fragment], spare_bytes: float) -> tuple[list[Fragment], list[Fragment]]:
+    """The fragments whose flat tensors fit into `spare_bytes` together, and the others. A flat tensor is freed as a
+    whole."""
+    staying: list[Fragment] = []
+    leaving: list[Fragment] = []
+    for inside in _by_storage(fragments):
+        size_bytes = inside[0].values.untyped_storage().nbytes()
+        if size_bytes <= spare_bytes:
+            spare_bytes -= size_bytes
+            staying += inside
+        else:
+            leaving += inside
+    return staying, leaving
 
 
 def _by_storage(fragments: Iterable[Fragment]) -> list[list[Fragment]]:
@@ -143,17 +155,17 @@ def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes:
     What lies in one storage is copied as one range, gaps included, in chunks of at most `chunk_bytes`, however many
     fragments it holds; the first `lockable_bytes` into page-locked memory.
     """
-    for held in _by_storage(fragments):
-        starts = [int(fragment.values.storage_offset()) for fragment in held]
+    for inside in _by_storage(fragments):
+        starts = [int(fragment.values.storage_offset()) for fragment in inside]
         first = min(starts)
-        end = max(start + fragment.values.numel() for start, fragment in zip(starts, held, strict=True))
-        flat = held[0].values.detach().as_strided((end - first,), (1,), first)
+        end = max(start + fragment.values.numel() for start, fragment in zip(starts, inside, strict=True))
+        flat = inside[0].values.detach().as_strided((end - first,), (1,), first)
         chunk = chunk_bytes // flat.element_size()
         copies = []
         for part in flat.split(chunk):
             copies.append(host_copy(part, locked=lockable_bytes >= part.nbytes))
             lockable_bytes -= part.nbytes
-        for start, fragment in zip(starts, held, strict=True):
+        for start, fragment in zip(starts, inside, strict=True):
             yield from _pieces(fragment, start - first, chunk, copies)
 
 

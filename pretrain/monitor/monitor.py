@@ -144,7 +144,7 @@ class Monitor:
         self._record("decision", step, {"seconds": seconds, "flops": flops})
         self._scalars(step, {"time/decision_seconds": seconds})
 
-    def augmentation(self, growth: GrowthRecord) -> None:
+    def growth(self, growth: GrowthRecord) -> None:
         """Shows a growth event, after which ranks have changed."""
         if not self._active:
             return
@@ -155,10 +155,10 @@ class Monitor:
         self.rank_history.append((step, dict(self._ranks)))
         facts = {"layers": len(growth.after), "mean_rank": self._mean_rank(), "seconds": growth.seconds}
         moved = {} if logit_change is None else {"logit_change": logit_change}
-        self._record("augmentation", step, {**facts, **moved, "before": growth.before, "after": growth.after})
-        self._console.event("augmentation", step, facts)
-        scalars = {f"augmentation/{name}": value for name, value in moved.items()}
-        self._scalars(step, {"time/augmentation_seconds": growth.seconds, **scalars})
+        self._record("growth", step, {**facts, **moved, "before": growth.before, "after": growth.after})
+        self._console.event("growth", step, facts)
+        scalars = {f"growth/{name}": value for name, value in moved.items()}
+        self._scalars(step, {"time/growth_seconds": growth.seconds, **scalars})
         self._show_ranks(step)
 
     def spectra(self, step: int, singular_values: Mapping[str, ArrayLike]) -> None:

@@ -4,7 +4,8 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.config.run import RunConfig, dump_config
+from pretrain.config.files import read_settings, with_present_names
+from pretrain.config.run import RunConfig, dump_config, parse_config
 from pretrain.disk import replace_text
 from pretrain.errors import ConfigError
 from pretrain.provenance import git_revision, installed_versions
@@ -35,6 +36,15 @@ def refuse_foreign_folder(folder: Path, expected: Sequence[str] = ()) -> None:
             f"run.folder {folder} is not empty and holds no Espalier run ({CONFIG_FILE}): "
             "set run.folder to a new or empty folder"
         )
+
+
+def recorded_config(folder: Path) -> RunConfig:
+    """The resolved config that a run wrote into its folder, with this version or an earlier one; ConfigError if there
+    is none."""
+    record = folder / CONFIG_FILE
+    if not record.is_file():
+        raise ConfigError(f"{folder} is no run folder, it has no {CONFIG_FILE}: give a run.folder")
+    return parse_config(with_present_names(read_settings(record)))
 
 
 def write_run_record(folder: Path, config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """What a run has spent on its loss so far: FLOPs as they were executed, and seconds of training.
 
-Seconds are those of steps, of policy decisions and of augmentations; validations, checkpoints and the time between two
+Seconds are those of steps, of policy decisions and of growth events; validations, checkpoints and the time between two
 lives of a run are left out, so that runs that validate or save more often can stand in one picture.
 """
 

@@ -60,11 +60,11 @@ def summarize(
         "dense_parameters": total_parameters(config.model, {}),
         "training_flops": executed,
         "dense_training_flops": dense,
-        "augmentations": [
+        "growth": [
             {"step": record.step, "mean_rank": _mean(period.ranks), "seconds": record.seconds}
             for record, period in zip(state.growth, periods[1:], strict=True)
         ],
-        "augmentation_seconds": sum(record.seconds for record in state.growth),
+        "growth_seconds": sum(record.seconds for record in state.growth),
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
 
@@ -87,10 +87,10 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
         _compared_with_dense("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
     ]
     if facts["mean_rank"] is not None:
-        lines.append(f"mean rank {facts['mean_rank']:.1f} after {len(facts['augmentations'])} augmentations:")
+        lines.append(f"mean rank {facts['mean_rank']:.1f} after {len(facts['growth'])} growth events:")
         lines += [
             f"  step {event['step']}: mean rank {event['mean_rank']:.1f}, {event['seconds']:.2f} s"
-            for event in facts["augmentations"]
+            for event in facts["growth"]
         ]
     if facts["checkpoint"] is not None:
         lines += [

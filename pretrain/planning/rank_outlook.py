@@ -29,8 +29,8 @@ def outlooks(config: RunConfig) -> list[Outlook]:
     """The run from its start to its largest ranks, and the dense model for comparison."""
     model, ranks = config.model, config.initial_ranks()
     found = [Outlook("start", model, ranks)] if ranks else []
-    for event in config.rank.events:
-        found.append(Outlook(f"step {event.step}", model, dict.fromkeys(ranks, event.rank)))
+    for entry in config.rank.schedule:
+        found.append(Outlook(f"step {entry.step}", model, dict.fromkeys(ranks, entry.rank)))
     if ranks and POLICIES[config.rank.policy].measures:
         found.append(Outlook("cap" if config.rank.budget is None else "budget", model, largest_ranks(config)))
     return [*found, Outlook("dense", dense_twin(model), {})]

@@ -35,7 +35,7 @@ SHORTEST_DEFAULT_INTERVAL = 10
 its steps, and never twice within ten steps."""
 
 
-class RankEvent(BaseModel):
+class ScheduleEntry(BaseModel):
     """One line of a growth schedule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,7 +73,7 @@ class RankConfig(BaseModel):
         description="no growth after it; none: a quarter of train.steps after rank.start_step. Late growth did "
         "worse in our race",
     )
-    events: tuple[RankEvent, ...] = Field((), description="steps and ranks, for policy schedule")
+    schedule: tuple[ScheduleEntry, ...] = Field((), description="steps and ranks, for policy schedule")
     buffer: int = Field(16, ge=2, description="directions beyond the used rank, for the explained-ratio policies")
     threshold: float = Field(
         0.9,
@@ -145,8 +145,8 @@ class Policy(ABC):
     """Whether it decides by what it measures, so that its ranks are not known beforehand."""
     truncates: ClassVar[bool] = False
     """Whether `rank.truncate` may lower ranks when it has decided."""
-    follows_events: ClassVar[bool] = False
-    """Whether it carries `rank.events` out."""
+    follows_schedule: ClassVar[bool] = False
+    """Whether it carries `rank.schedule` out."""
     grows_untrained: ClassVar[bool] = False
     """Whether it would grow factors that training never changed. Then a run records how far (`untrained_ranks`)."""
     defaults: ClassVar[Mapping[str, Any]] = {}

@@ -13,11 +13,11 @@ from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, in_gr
 class ScheduledPolicy(Policy):
     """Gives every layer the rank of a schedule entry after the entry's step."""
 
-    follows_events = True
+    follows_schedule = True
 
     def __init__(self, rank: RankConfig, steps: int) -> None:
         super().__init__(rank, steps)
-        self._ranks = {event.step: event.rank for event in rank.events}
+        self._ranks = {entry.step: entry.rank for entry in rank.schedule}
 
     def due(self, step: int) -> bool:
         return step in self._ranks
@@ -28,41 +28,43 @@ class ScheduledPolicy(Policy):
 
     @classmethod
     def check(cls, rank: RankConfig, factored: Sequence[Projection], steps: int) -> None:
-        check_events(rank, factored, steps)
+        check_schedule(rank, factored, steps)
 
 
-def check_events(rank: RankConfig, projections: Sequence[Projection], steps: int) -> None:
+def check_schedule(rank: RankConfig, projections: Sequence[Projection], steps: int) -> None:
     """ValueError if an entry of the schedule could not happen exactly as written."""
-    if not rank.events:
-        raise ValueError("rank.policy=schedule needs at least one step and rank: set rank.events, or rank.policy=fixed")
+    if not rank.schedule:
+        raise ValueError(
+            "rank.policy=schedule needs at least one step and rank: set rank.schedule, or rank.policy=fixed"
+        )
     narrowest = min(projections, key=lambda projection: projection.break_even_rank)
     step, current = 0, rank.initial
-    for event in rank.events:
-        here = f"rank.events asks for rank {event.rank} at step {event.step}"
-        if event.step <= step:
-            raise ValueError(f"{here}, behind an event at step {step}: put the events in ascending order of step")
-        if event.rank <= current:
+    for entry in rank.schedule:
+        here = f"rank.schedule asks for rank {entry.rank} at step {entry.step}"
+        if entry.step <= step:
+            raise ValueError(f"{here}, behind an entry at step {step}: put the entries in ascending order of step")
+        if entry.rank <= current:
             raise ValueError(
                 f"{here}, where it is {current} already: let the ranks ascend from rank.initial {rank.initial}"
             )
-        if event.rank % rank.quantum:
+        if entry.rank % rank.quantum:
             raise ValueError(f"{here}, which is no multiple of rank.quantum {rank.quantum}: change one of them")
-        if event.rank > 2 * current:
+        if entry.rank > 2 * current:
             raise ValueError(
-                f"{here}, more than double the {current} before it: put an event of rank {2 * current} between"
+                f"{here}, more than double the {current} before it: put an entry of rank {2 * current} between"
             )
-        if event.rank > narrowest.break_even_rank:
+        if entry.rank > narrowest.break_even_rank:
             raise ValueError(
                 f"{here}, above the break-even rank {narrowest.break_even_rank} of {narrowest.name} "
                 f"({narrowest.out_features} x {narrowest.in_features}), where factors cost more than the dense weight: "
                 "lower it"
             )
-        if not in_growth_window(event.step, rank):
+        if not in_growth_window(entry.step, rank):
             stop = "the end" if rank.stop_step is None else str(rank.stop_step)
             raise ValueError(
                 f"{here}, outside rank.start_step {rank.start_step} to rank.stop_step {stop}: "
-                "move the event or the limits"
+                "move the entry or the limits"
             )
-        if event.step >= steps:
-            raise ValueError(f"{here}, and the run ends at train.steps {steps}: move the event or lengthen the run")
-        step, current = event.step, event.rank
+        if entry.step >= steps:
+            raise ValueError(f"{here}, and the run ends at train.steps {steps}: move the entry or lengthen the run")
+        step, current = entry.step, entry.rank

@@ -41,9 +41,9 @@ def check_rank_config(rank: RankConfig, factored: Sequence[Projection], steps: i
                 "or rank.policy=fixed"
             )
         return
-    if rank.events and not policy.follows_events:
+    if rank.schedule and not policy.follows_schedule:
         raise ValueError(
-            f"rank.events belongs to rank.policy=schedule, and the policy is {rank.policy}: change one of them"
+            f"rank.schedule belongs to rank.policy=schedule, and the policy is {rank.policy}: change one of them"
         )
     if policy.grows and rank.initial % rank.quantum:
         raise ValueError(

@@ -14,7 +14,7 @@ from tests.support.training_runs import make_corpus, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPPING = {
-    "policy": "stepping", "budget": 0.9, "events": [], "check_every": 2, "start_step": 2, "stop_step": 10,
+    "policy": "stepping", "budget": 0.9, "schedule": [], "check_every": 2, "start_step": 2, "stop_step": 10,
 }  # fmt: skip
 
 DECISION = """
@@ -102,4 +102,4 @@ def test_the_example_trains_and_grows(source: Path, tmp_path: Path) -> None:
     subprocess.run(command, cwd=source, env=environment, check=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["mean_rank"] > 4.0
-    assert summary["augmentations"]
+    assert summary["growth"]

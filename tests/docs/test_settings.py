@@ -46,8 +46,8 @@ def test_values_and_defaults_are_readable() -> None:
     assert shown["train.precision"] == ("fp32, bf16, fp16", "fp32")
     assert shown["train.batch_ramp"] == ("{start, increment, steps}, or none", "none")
     assert shown["train.batch_ramp.start"] == ("integer ≥ 1", "required")
-    assert shown["rank.events"] == ("list of {step, rank}", "[]")
-    assert shown["rank.events[].rank"] == ("integer ≥ 1", "required")
+    assert shown["rank.schedule"] == ("list of {step, rank}", "[]")
+    assert shown["rank.schedule[].rank"] == ("integer ≥ 1", "required")
     assert shown["data.blend"] == ("{name: number, …}, or none", "none")
     assert shown["data.tokenizer"] == ("text", "required")
     assert shown["optimizer.epsilon"] == ("number > 0", "1e-08")
@@ -84,7 +84,7 @@ SCHEMA_CONTENT = json.loads(SCHEMA.read_text(encoding="utf-8"))
         {"train": {"steps": "many"}},
         {"train": {"steps": True}},
         {"train": {"precision": "fp8"}},
-        {"rank": {"events": [{"step": 3}]}},
+        {"rank": {"schedule": [{"step": 3}]}},
         {"train": {"batch_ramp": {"begin": 3}}},
     ],
     ids=str,

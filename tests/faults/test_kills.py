@@ -85,7 +85,7 @@ def test_fifty_kills_at_random_times(folder: Path, tmp_path: Path) -> None:
     steps, kills = 500, 50
     settings: dict[str, Any] = {
         "train": {"steps": steps},
-        "rank": {"events": [{"step": 100, "rank": 6}, {"step": 250, "rank": 8}, {"step": 400, "rank": 10}]},
+        "rank": {"schedule": [{"step": 100, "rank": 6}, {"step": 250, "rank": 8}, {"step": 400, "rank": 10}]},
         "checkpoint": {"every": 4, "keep": 2, "background": True},
     }
     quiet = write_config(tmp_path / "quiet.yaml", folder / "corpus", tmp_path / "quiet", **settings)

@@ -10,7 +10,7 @@ from tests.support.fault_runs import Ended, events_of, steps_of, train
 pytestmark = pytest.mark.faults
 
 STEPS = 12
-FIXED = ("rank.policy=fixed", "rank.events=[]")
+FIXED = ("rank.policy=fixed", "rank.schedule=[]")
 """Ranks that change make the losses before them no measure."""
 
 
@@ -94,7 +94,7 @@ def test_what_a_resumed_run_may_not_change(config: Path, override: str, words: s
 
 
 def test_a_model_that_is_too_large_for_the_machine_is_refused(config: Path) -> None:
-    dense = ("model.parametrization=dense", "rank.policy=fixed", "rank.events=[]")
+    dense = ("model.parametrization=dense", "rank.policy=fixed", "rank.schedule=[]")
     ended = train(config, "model.hidden=8192", "model.layers=200", "model.heads=64", *dense, processes=1)
     assert ended.codes == [2]
     assert "weights, gradients and optimizer of the first step take" in ended.said[0]

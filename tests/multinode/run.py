@@ -188,7 +188,7 @@ def main() -> None:
         settings: dict[str, dict[str, object]] = {
             "train": {"steps": STEPS, "micro_batch": 4, "global_batch": 24, "log_every": 1, "validate_every": 0},
             "parallel": {"tensor": SLOTS},
-            "rank": {"events": [{"step": GROWTH, "rank": 6}]},
+            "rank": {"schedule": [{"step": GROWTH, "rank": 6}]},
             "checkpoint": {"every": 5},
             "guard": {"hang_seconds": HANG_SECONDS},
         }

@@ -84,7 +84,7 @@ make_corpus(work / "corpus")
 settings = {
     "train": {"steps": steps, "micro_batch": 4, "global_batch": 8, "log_every": 1, "validate_every": 0},
     "parallel": {"tensor": 2},
-    "rank": {"events": [{"step": 8, "rank": 6}]},
+    "rank": {"schedule": [{"step": 8, "rank": 6}]},
     "checkpoint": {"every": 10},
 }
 write_config(work / "run.yaml", work / "corpus", work / "run", **settings)

@@ -58,7 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _sections(model: dict[str, Any], steps: int, rank: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if model["parametrization"] == "dense":
-        rank = {"policy": "fixed", "events": []}
+        rank = {"policy": "fixed", "schedule": []}
     return {
         "model": model,
         "train": {"steps": steps, "micro_batch": MICRO_BATCH, "global_batch": GLOBAL_BATCH, "validation_sequences": 0},
@@ -106,7 +106,7 @@ def written(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         if (place, kind) not in runs:
             folder = tmp_path_factory.mktemp("written") / "run"
             model = {**MODELS[kind], "parametrization": kind}
-            sections = _sections(model, WRITTEN_AT, {"events": [{"step": 2, "rank": 6}]})
+            sections = _sections(model, WRITTEN_AT, {"schedule": [{"step": 2, "rank": 6}]})
             config = write_config(folder.with_suffix(".yaml"), corpus, folder, **sections)
             settings = _releasing(place, folder)
             everyone = run(train_and_look, place.processes, str(config), settings, timeout_seconds=SECONDS)
@@ -182,10 +182,10 @@ def test_any_layout_restores_the_logical_state(
 
 STEPS, CHANGED_AT = 12, 6
 GROWTH: dict[str, dict[str, Any]] = {
-    "before": {"events": [{"step": 4, "rank": 6}]},
-    "at": {"events": [{"step": 3, "rank": 6}, {"step": CHANGED_AT, "rank": 8}]},
-    "after": {"events": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}]},
-    "measured": {"policy": "gradient", "events": [], "check_every": 4, "stop_step": STEPS, "probe": 4, "budget": 0.9},
+    "before": {"schedule": [{"step": 4, "rank": 6}]},
+    "at": {"schedule": [{"step": 3, "rank": 6}, {"step": CHANGED_AT, "rank": 8}]},
+    "after": {"schedule": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}]},
+    "measured": {"policy": "gradient", "schedule": [], "check_every": 4, "stop_step": STEPS, "probe": 4, "budget": 0.9},
 }
 """Settings of growth by when ranks grow: before, at or after the change of layout; "measured": the change is in the
 middle of a measurement."""

@@ -15,7 +15,7 @@ HOST_WAITS_OF_PLAIN_STEP = 1
 """Host waits of a plain step: the one in `pretrain/agreement.py`."""
 HOST_WAITS_OF_EVENT = 15
 """Host waits of a growth event without those in DeepSpeed's code, whose number grows with the layers at stage 3."""
-FIXED = ["rank.policy=fixed", "rank.events=[]"]
+FIXED = ["rank.policy=fixed", "rank.schedule=[]"]
 GPT2 = ["model.family=gpt2"]
 DENSE = [*FIXED, "model.parametrization=dense"]
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
@@ -36,10 +36,10 @@ SMALL = [
     "train.log_every=1", "checkpoint.every=4", "schedule.warmup_steps=1", "optimizer.learning_rate=3e-3",
     "rank.initial=4", "rank.quantum=2", "rank.stop_step=5", "rank.buffer=2", "rank.probe=2", "guard.hang_seconds=0",
 ]  # fmt: skip
-SCHEDULE = ["rank.stop_step=null", "rank.events=[{step: 3, rank: 8}]"]
-GRADIENT = ["rank.policy=gradient", "rank.events=[]", "rank.check_every=3", "rank.threshold=0.5"]
-EXPLAINED = ["rank.policy=explained_ratio", "rank.events=[]", "rank.check_every=2"]
-EXCESS = ["rank.policy=excess_explained_ratio", "rank.events=[]", "rank.check_every=2"]
+SCHEDULE = ["rank.stop_step=null", "rank.schedule=[{step: 3, rank: 8}]"]
+GRADIENT = ["rank.policy=gradient", "rank.schedule=[]", "rank.check_every=3", "rank.threshold=0.5"]
+EXPLAINED = ["rank.policy=explained_ratio", "rank.schedule=[]", "rank.check_every=2"]
+EXCESS = ["rank.policy=excess_explained_ratio", "rank.schedule=[]", "rank.check_every=2"]
 BF16, FP16, FP32 = (["train.precision=" + name] for name in ("bf16", "fp16", "fp32"))
 FACTORS, LAYERS = ["train.recompute=factors"], ["train.recompute=layers"]
 DOCUMENTS, OFFLOAD, TRACK = ["data.within_documents=true"], ["deepspeed.offload_optimizer=true"], ["rank.track=true"]
@@ -164,7 +164,7 @@ def test_benchmarks_run(pretending: WorkerPool) -> None:
     step += ["--micro-batch", "1", "--warm-up", "1", "--repeats", "1"]
     growth = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16"]
     growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--only", "spectra", "events"]
-    for tool, flags in (("benchmarks.step", step), ("benchmarks.augmentation", growth)):
+    for tool, flags in (("benchmarks.step", step), ("benchmarks.growth", growth)):
         ((problems, output),) = pretending.run(problems_of_tool, 1, 300.0, (tool, flags), {})
         assert problems == [], tool
         assert "NVIDIA H100" in output

@@ -117,7 +117,7 @@ def _twenty_steps(family: str, parametrization: str, factored_layers: str) -> di
         "optimizer": {"learning_rate": 1e-3},
     }
     if parametrization == "dense":
-        sections["rank"] = {"policy": "fixed", "events": []}
+        sections["rank"] = {"policy": "fixed", "schedule": []}
     return sections
 
 
@@ -125,7 +125,7 @@ def _twenty_steps(family: str, parametrization: str, factored_layers: str) -> di
 def test_every_layout_gives_the_same_curve(
     corpus: Path, tmp_path: Path, alone: Any, variant: tuple[str, str, str], layout: tuple[int, int, int, bool]
 ) -> None:
-    """Losses and gradient norms of 20 steps with two augmentations."""
+    """Losses and gradient norms of 20 steps with two growth events."""
     processes, tensor, stage, offload = layout
     sections = _twenty_steps(*variant)
     overrides = [f"parallel.tensor={tensor}", f"deepspeed.stage={stage}", f"deepspeed.offload_optimizer={offload}"]
@@ -194,7 +194,7 @@ def test_growth_asks_no_deepspeed_file_again(corpus: Path, tmp_path: Path) -> No
 def test_a_run_opens_its_tokenizer_once(corpus: Path, tmp_path: Path) -> None:
     """The lengths of its tokens are computed once, too, for any number of validations."""
     config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run")
-    overrides = ["train.validate_every=2", "train.steps=6", "rank.policy=fixed", "rank.events=[]"]
+    overrides = ["train.validate_every=2", "train.steps=6", "rank.policy=fixed", "rank.schedule=[]"]
     assert run(train_and_count_tokenizers, 1, str(config), overrides) == [(1, 1)]
 
 
@@ -206,7 +206,7 @@ def test_batch_ramp_consumes_what_it_says(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_explained_ratio_grows_by_its_spectra_and_reports_its_null(corpus: Path, tmp_path: Path) -> None:
-    rank = {"policy": "explained_ratio", "initial": 8, "buffer": 4, "check_every": 3, "stop_step": 12, "events": []}
+    rank = {"policy": "explained_ratio", "initial": 8, "buffer": 4, "check_every": 3, "stop_step": 12, "schedule": []}
     folder = _train(corpus, tmp_path / "run", 2, "parallel.tensor=2", rank=rank)
     assert [event["step"] for event in _events(folder, "null")] == [0]
     assert curve(folder)[-1]["mean_rank"] > 8
@@ -237,7 +237,7 @@ def test_what_was_measured_decides_alike_on_every_layout(
 ) -> None:
     """Ranks are the same, and within the budget, on one process, tensor parallel, and data parallel with
     accumulation."""
-    rank = {"policy": policy, "events": [], "check_every": 4, "stop_step": 12, **MEASURED[policy]}
+    rank = {"policy": policy, "schedule": [], "check_every": 4, "stop_step": 12, **MEASURED[policy]}
     if parametrization == "additive":
         rank["budget_unit"] = "parameters"
     model = {"family": family, "parametrization": parametrization}
@@ -300,7 +300,7 @@ def _cut_back(folder: Path, copy: Path, step: int) -> None:
 
 GRADIENT = {
     "rank.policy": "gradient",
-    "rank.events": [],
+    "rank.schedule": [],
     "rank.check_every": 4,
     "rank.stop_step": 12,
     "rank.probe": 4,

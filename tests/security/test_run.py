@@ -42,7 +42,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "rank": {
         "policy": "gradient", "probe": 2, "initial": 2, "quantum": 2, "check_every": 4, "stop_step": 9, "budget": 0.9,
-        "events": [], "track": True,
+        "schedule": [], "track": True,
     },
     "checkpoint": {"every": 1, "keep": 3},
 }  # fmt: skip

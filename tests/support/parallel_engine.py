@@ -20,7 +20,7 @@ from pretrain.checkpoint.format import KEYS
 from pretrain.engine.build import build_engine, gradient_norm, set_learning_rate
 from pretrain.engine.optimizer_state import optimizer_state
 from pretrain.engine.zero3 import gathered, held
-from pretrain.growth.augmentation import RankPlan, augment
+from pretrain.growth.event import RankPlan, change_ranks
 from pretrain.growth.spectra import row_norms
 from pretrain.growth.stash import Stash
 from pretrain.schedule import OptimizerConfig
@@ -116,11 +116,11 @@ class SmallRun:
         return mean, norm if case.stage == 0 else gradient_norm(self.engine)
 
     def grow(self, ranks: Mapping[str, int], directions: Mapping[str, Tensor] | None = None) -> None:
-        """`directions`: as `augment` takes them."""
+        """`directions`: as `change_ranks` takes them."""
         model = self.engine.module
         growing = [name for name, rank in ranks.items() if rank >= model.ranks()[name]]
         plan = RankPlan(self.step, dict(ranks), row_norms(model, growing))
-        self.engine, _ = augment(
+        self.engine, _ = change_ranks(
             self.engine, plan, rebuild=self.new_engine, seed=1, consumed_samples=0, directions=directions
         )
 

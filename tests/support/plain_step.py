@@ -27,7 +27,7 @@ SETTINGS = [
     "model.layers=2", "model.hidden=64", "model.heads=4", "model.sequence_length=4", "train.micro_batch=2",
     "train.global_batch=2", "train.steps=5", "train.validate_every=0", "train.validation_sequences=2",
     "train.precision=bf16", "train.log_every=100", "schedule.warmup_steps=2", "rank.policy=fixed", "rank.initial=16",
-    "rank.events=[]", "checkpoint.every=0", "guard.hang_seconds=0", "data.split=80,20,0",
+    "rank.schedule=[]", "checkpoint.every=0", "guard.hang_seconds=0", "data.split=80,20,0",
 ]  # fmt: skip
 PLAIN_STEP = 3
 """Behind the first steps, in which libraries set themselves up."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.process_groups import tensor_group, tensor_size
 from pretrain.config.run import load_config
-from pretrain.growth.augmentation import augment
+from pretrain.growth.event import change_ranks
 from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer
 from pretrain.train import run_training
 from pretrain.trainer import Trainer
@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "policy": "schedule",
         "initial": 4,
         "quantum": 2,
-        "events": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}],
+        "schedule": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}],
     },
     "checkpoint": {"every": 0, "keep": 20},
 }
@@ -75,11 +75,11 @@ def train_in_workers(config: str, overrides: list[str]) -> None:
 def train_and_lose_a_file(config: str, overrides: list[str], file: str) -> None:
     """A whole run in a worker; `file` is gone when ranks first grow."""
 
-    def augment_without_it(*arguments: Any, **settings: Any) -> Any:
+    def change_ranks_without_it(*arguments: Any, **settings: Any) -> Any:
         Path(file).unlink(missing_ok=True)
-        return augment(*arguments, **settings)
+        return change_ranks(*arguments, **settings)
 
-    with patch("pretrain.trainer.augment", augment_without_it):
+    with patch("pretrain.trainer.change_ranks", change_ranks_without_it):
         train_in_workers(config, overrides)
 
 

@@ -20,7 +20,7 @@ from pretrain import trainer as trainer_module
 from pretrain.config.run import load_config
 from pretrain.engine.build import tear_down
 from pretrain.engine.optimizer_state import optimizer_state
-from pretrain.growth.augmentation import augment
+from pretrain.growth.event import change_ranks
 from pretrain.train import run_training
 from tests.support.device_ledger import Count
 from tests.support.plain_step import count_plain_step
@@ -50,12 +50,12 @@ def grown_run(settings: list[str], peak_bytes: int) -> tuple[Count, dict[str, Te
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         before = gpu.count()
-        grown = augment(*args, **kwargs)
+        grown = change_ranks(*args, **kwargs)
         costs.append(gpu.count() - before)
         return grown
 
     with PretendedCuda() as gpu, patch.object(torch.cuda, "max_memory_allocated", lambda: peak_bytes):
-        with patch.object(trainer_module, "augment", counted):
+        with patch.object(trainer_module, "change_ranks", counted):
             trainer = run_training(load_config("quickstart", settings), dist.get_world_size())
         assert trainer is not None
         masters = {

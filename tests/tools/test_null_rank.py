@@ -11,7 +11,7 @@ import torch
 from model.config import Family
 from model.process_groups import initialize_process_groups
 from pretrain.config.run import RunConfig, parse_config
-from pretrain.growth.augmentation import RankMeasurement, layer_measurements
+from pretrain.growth.event import RankMeasurement, layer_measurements
 from pretrain.growth.initial_values import initial_factors, initial_model
 from pretrain.growth.spectra import measure_spectra, measure_updates
 from pretrain.policies.excess_explained_ratio import used_rank

@@ -14,13 +14,13 @@ from tools.plan_run import main
 
 MEDIUM = """
 model: {family: gpt2, layers: 24, hidden: 1024, heads: 16, sequence_length: 1024, vocabulary: 50257}
-rank: {policy: schedule, initial: 64, quantum: 64, events: [{step: 20, rank: 128}, {step: 50, rank: 256}]}
+rank: {policy: schedule, initial: 64, quantum: 64, schedule: [{step: 20, rank: 128}, {step: 50, rank: 256}]}
 train: {micro_batch: 8, global_batch: 512, steps: 200, precision: bf16}
 data: {prefix: none, tokenizer: none.model}
 """
 SEVEN = [
     "model.family=llama", "model.layers=32", "model.hidden=4096", "model.heads=32", "model.sequence_length=4096",
-    "model.parametrization=dense", "rank.policy=fixed", "rank.events=[]", "train.micro_batch=1",
+    "model.parametrization=dense", "rank.policy=fixed", "rank.schedule=[]", "train.micro_batch=1",
 ]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_assumptions_change_the_seconds(planner: Planner) -> None:
 
 
 def test_a_budget_bounds_the_largest_ranks(planner: Planner) -> None:
-    growth = ["rank.policy=gradient", "rank.events=[]", "rank.budget=0.4", "rank.probe=64", "train.steps=4000"]
+    growth = ["rank.policy=gradient", "rank.schedule=[]", "rank.budget=0.4", "rank.probe=64", "train.steps=4000"]
     start, most, dense = planner(*growth)["outlooks"]
     assert most["outlook"] == "budget"
     weights = 24 * 12 * 1024**2

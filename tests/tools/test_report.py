@@ -24,7 +24,7 @@ HOSTILE = '</pre><script>alert("1")</script><img src=x onerror=alert(1)>$\\frac{
 
 
 def make_run(folder: Path, *, dense: bool = False) -> Path:
-    """Twenty steps with one augmentation; a dense run has none."""
+    """Twenty steps with one growth event; a dense run has none."""
     model = CONFIG.model.model_copy(update={"parametrization": "dense"}) if dense else CONFIG.model
     config = CONFIG.model_copy(update={"model": model})
     write_run_record(folder, config)
@@ -34,7 +34,7 @@ def make_run(folder: Path, *, dense: bool = False) -> Path:
         if step % 10 == 0:
             monitor.validation(step, {"": Validation(4.1 - 0.1 * step, 1.0)})
         if step == 10 and not dense:
-            monitor.augmentation(GrowthRecord(step, 4 * step, {FIRST: 8}, {FIRST: 16}, seconds=0.25))
+            monitor.growth(GrowthRecord(step, 4 * step, {FIRST: 8}, {FIRST: 16}, seconds=0.25))
             monitor.spectra(step, {name: np.array([2.0, 1.0, 0.5]) for name in RANKS})
     monitor.close()
     return folder
@@ -68,14 +68,14 @@ def test_a_report_has_pictures_tables_and_nothing_from_elsewhere(tmp_path, monke
     run, dense = make_run(tmp_path / "grown"), make_run(tmp_path / "dense", dense=True)
     JsonLines(run / "events.jsonl").append({"step": 12, "event": HOSTILE, "reason": HOSTILE, "time": HOSTILE})
     JsonLines(run / "metrics.jsonl").append({"step": 21, "lm_loss": HOSTILE, "training_flops": [], HOSTILE: 1})
-    JsonLines(run / "events.jsonl").append({"step": 15, "event": "augmentation", "before": 3, "after": {HOSTILE: 4}})
+    JsonLines(run / "events.jsonl").append({"step": 15, "event": "growth", "before": 3, "after": {HOSTILE: 4}})
     write_report(monkeypatch, "--run", run, "--beside", dense)
     page = Page((run / "report.html").read_text())
     assert "script" not in page.tags
     assert page.tags.count("img") == 5  # timeline, by FLOPs, by seconds, rank map, singular values
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert page.words.count(HOSTILE) >= 2
-    for fact in ("dense", "augmentation", "2.1000", "layer 1", "global_batch: 4"):
+    for fact in ("dense", "growth", "2.1000", "layer 1", "global_batch: 4"):
         assert fact in page.words
 
     write_report(monkeypatch, "--run", dense, "--output", tmp_path / "other.html")
@@ -85,11 +85,25 @@ def test_a_report_has_pictures_tables_and_nothing_from_elsewhere(tmp_path, monke
 def test_ranks_follow_the_life_that_counts(tmp_path) -> None:
     run = make_run(tmp_path / "run")
     events = JsonLines(run / "events.jsonl")
-    events.append({"step": 16, "event": "augmentation", "before": {FIRST: 16}, "after": {FIRST: 32}})
+    events.append({"step": 16, "event": "growth", "before": {FIRST: 16}, "after": {FIRST: 32}})
     events.append({"step": 14, "event": "resume"})
-    events.append({"step": 18, "event": "augmentation", "before": {FIRST: 16}, "after": {FIRST: 24}})
+    events.append({"step": 18, "event": "growth", "before": {FIRST: 16}, "after": {FIRST: 24}})
     steps = [(step, ranks[FIRST]) for step, ranks in RunHistory(run).ranks]
     assert steps == [(0, 8), (10, 16), (18, 24)]
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path) -> None:
+    """Version 0.1 called a growth an augmentation, and the schedule of ranks events."""
+    run = make_run(tmp_path / "run")
+    record = run / "config.yaml"
+    record.write_text(record.read_text().replace("\n  schedule:", "\n  events:"))
+    assert "\n  events:" in record.read_text()
+    JsonLines(run / "events.jsonl").append(
+        {"step": 18, "event": "augmentation", "before": {FIRST: 16}, "after": {FIRST: 24}}
+    )
+    history = RunHistory(run)
+    assert history.ranks[-1][1][FIRST] == 24
+    assert history.marks()[-1]["event"] == "growth"
 
 
 def test_what_is_no_run_is_refused(tmp_path, monkeypatch) -> None:

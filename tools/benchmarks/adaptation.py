@@ -54,7 +54,7 @@ RATES = {
     "growing": (5e-3, 1e-2, 2e-2, 5e-2),
 }
 GROWTH: dict[str, dict[str, Any]] = {
-    "schedule": {"events": [(0.25, 8), (0.5, LAST_RANK)]},
+    "schedule": {"schedule": [(0.25, 8), (0.5, LAST_RANK)]},
     "gradient": {"check_every": 0.15, "stop_step": 0.6, "probe": 8},
 }
 """Policies and their settings; steps are shares of the run."""
@@ -218,7 +218,7 @@ def rank_section(case: Case, model: Mapping[str, Any], steps: int) -> dict[str, 
     """Ranks of a run that starts at `case.rank`."""
     rank: dict[str, Any] = {"initial": case.rank, "quantum": FIRST_RANK, "policy": case.policy}
     if case.policy == "schedule":
-        rank["events"] = [{"step": round(share * steps), "rank": to} for share, to in GROWTH["schedule"]["events"]]
+        rank["schedule"] = [{"step": round(share * steps), "rank": to} for share, to in GROWTH["schedule"]["schedule"]]
     elif case.policy != "fixed":
         shares = {key: round(GROWTH[case.policy][key] * steps) for key in ("check_every", "stop_step")}
         rank |= {**GROWTH[case.policy], **shares, "budget": _budget(model)}

@@ -23,7 +23,7 @@ from pretrain.config.run import parse_config
 from pretrain.data.corpus import Corpus
 from pretrain.engine.build import build_engine
 from pretrain.engine.deepspeed_config import deepspeed_dict
-from pretrain.growth.augmentation import augment
+from pretrain.growth.event import change_ranks
 from pretrain.trainer import Trainer
 from tools.benchmarks.step_report import synchronize
 
@@ -71,7 +71,7 @@ def run_event(trainer: Trainer, clock: PhaseClock) -> None:
         return engine
 
     clock.switch("take down")
-    trainer.engine, record = augment(
+    trainer.engine, record = change_ranks(
         trainer.engine,
         answer.plan,
         rebuild=rebuild,
@@ -103,7 +103,7 @@ class _RandomText:
 
 def growing_trainer(arguments: argparse.Namespace, stage: int, steps: Sequence[int]) -> Trainer:
     """The trainer of a run on random tokens. `steps` are counts before, between and behind its events, and every event
-    raises the ranks by half of the first one. `arguments` are those of `tools/benchmarks/augmentation.py`."""
+    raises the ranks by half of the first one. `arguments` are those of `tools/benchmarks/growth.py`."""
     processes = dist.get_world_size()
     first, added = arguments.first_rank, max(1, arguments.first_rank // 2)
     ends = list(accumulate(steps))
@@ -130,7 +130,7 @@ def growing_trainer(arguments: argparse.Namespace, stage: int, steps: Sequence[i
                 "policy": "schedule",
                 "initial": first,
                 "quantum": added,
-                "events": [{"step": end, "rank": first + added * number} for number, end in enumerate(ends[:-1], 1)],
+                "schedule": [{"step": end, "rank": first + added * number} for number, end in enumerate(ends[:-1], 1)],
             },
             "data": {"prefix": "random", "tokenizer": "none"},
             "deepspeed": {"stage": stage},

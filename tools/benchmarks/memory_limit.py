@@ -3,7 +3,7 @@ model's dense form would break.
 
     python tools/benchmarks/memory_limit.py --config quickstart --out /tmp/limited --limit 3GB data.prefix=CORPUS \\
         data.tokenizer=MODEL model.hidden=2048 model.layers=24 model.heads=16 model.query_groups=16 \\
-        model.sequence_length=64 train.micro_batch=1 train.global_batch=2 rank.policy=fixed rank.events=[] \\
+        model.sequence_length=64 train.micro_batch=1 train.global_batch=2 rank.policy=fixed rank.schedule=[] \\
         rank.initial=16 --json limited.json
 
 Every row is a command of its own in a control group of Linux that holds `--limit` bytes, swap none; a command that

@@ -37,7 +37,7 @@ PROCESSES = 2
 SETTINGS = (
     *("train.steps=12", "train.log_every=1", "train.validate_every=0", "schedule.warmup_steps=2"),
     *("rank.policy=schedule", "rank.initial=16", "rank.quantum=16", "checkpoint.every=3"),
-    "rank.events=[{step: 4, rank: 32}, {step: 8, rank: 48}]",
+    "rank.schedule=[{step: 4, rank: 32}, {step: 8, rank: 48}]",
 )
 HANG = "guard.hang_seconds=20"
 ROWS: dict[str, tuple[str, ...]] = {

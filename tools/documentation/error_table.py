@@ -34,7 +34,7 @@ AREAS = {
     "Text, tokenizers, corpora": "pretrain/(data|tokenizer)/.*"
     "|tools/(corpus/.*|corpus_statistics|preprocess_corpus|train_tokenizer|wikitext)",
     "Start and launch": "launch/.*|pretrain/(distributed|device_.*|devices|resilience/run_lock|monitor/run_folder)",
-    "Training": "pretrain/(train|trainer|resilience/.*|growth/(rank_control|augmentation|probe)|engine/build"
+    "Training": "pretrain/(train|trainer|resilience/.*|growth/(rank_control|event|probe)|engine/build"
     "|monitor/(tracking|monitor))",
     "Checkpoints and resume": "pretrain/(checkpoint/.*|disk|resume|growth/(initial_values|stash)|train_state"
     "|engine/(replica_check|zero3|optimizer_state))",

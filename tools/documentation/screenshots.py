@@ -49,7 +49,7 @@ def tensorboard_shots(root: str) -> list[Shot]:
     return [
         Shot("tensorboard_charts", f"{root}/#custom_scalars&_smoothingWeight=0", 1500, 770),
         Shot("tensorboard_images", f"{root}/#images&tagFilter={images}", 1140, 500, scale=2),
-        Shot("tensorboard_events", f"{root}/#text&tagFilter=augmentation", 1100, 560),
+        Shot("tensorboard_events", f"{root}/#text&tagFilter=growth", 1100, 560),
         Shot("tensorboard_settings", f"{root}/#hparams", 1780, 260),
     ]
 

@@ -160,7 +160,7 @@ def read_part(folder: Path) -> dict[str, Any]:
     events = _last_of_each_step(JsonLines(folder / "events.jsonl").read())
     metrics = JsonLines(folder / "metrics.jsonl").read()
     last_step = metrics[-1]["step"] if metrics else 0
-    growth = [event for event in events if event["event"] == "augmentation"]
+    growth = [event for event in events if event["event"] == "growth"]
     stretches = rank_stretches(config, growth, last_step)
 
     def spent(step: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from tools.run_report.history import Point, RunHistory
 RUN_COLOURS = ("tab:blue", "tab:orange")
 """Colours of the run, and of the one beside it."""
 EVENT_COLOURS = {
-    "augmentation": "tab:green",
+    "growth": "tab:green",
     "resume": "tab:purple",
     "rollback": "tab:red",
     "spike": "tab:red",

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from model.config import factored_projections
-from pretrain.config.run import RunConfig, load_config
+from pretrain.config.run import RunConfig
 from pretrain.disk import JsonLines, plain_file_bytes
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.monitor.board import UNMARKED
 from pretrain.monitor.monitor import SPECTRA_FILE
-from pretrain.monitor.run_folder import CONFIG_FILE
+from pretrain.monitor.run_folder import recorded_config
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,20 @@ class Point:
     lm_loss: float
 
 
+_EARLIER_KINDS = {"augmentation": "growth"}
+"""Kinds of records as version 0.1 wrote them."""
+
+
 class RunHistory:
     """One run folder; ConfigError if it is none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.resolve().name
-        record = folder / CONFIG_FILE
-        if not record.is_file():
-            raise ConfigError(f"{folder} is no run folder, it has no {CONFIG_FILE}: give a run.folder")
-        self.config: RunConfig = load_config(str(record), [])
+        self.config: RunConfig = recorded_config(folder)
         self.events = [
-            event for event in JsonLines(folder / "events.jsonl").read() if isinstance(event.get("event"), str)
+            {**event, "event": _EARLIER_KINDS.get(event["event"], event["event"])}
+            for event in JsonLines(folder / "events.jsonl").read()
+            if isinstance(event.get("event"), str)
         ]
         self._metrics = JsonLines(folder / "metrics.jsonl").read()
         self.summary = _json_object(folder / "summary.json")
@@ -75,9 +78,9 @@ class RunHistory:
         names = {projection.name for projection in factored_projections(self.config.model)}
         grown: list[tuple[int, dict[str, int], dict[str, int]]] = []
         for event in self.events:
-            if event["event"] in ("augmentation", "resume", "rollback"):
+            if event["event"] in ("growth", "resume", "rollback"):
                 grown = [one for one in grown if one[0] < event["step"]]
-            if event["event"] == "augmentation":
+            if event["event"] == "growth":
                 before, after = (_ranks(event.get(side), names) for side in ("before", "after"))
                 grown.append((event["step"], before, after))
         if not names:

@@ -45,11 +45,11 @@ def test_lists_are_replaced_and_none_takes_away(tmp_path):
     path = write(
         tmp_path,
         "run.yaml",
-        DATA + "rank: {policy: schedule, initial: 16, events: [{step: 1, rank: 32}, {step: 2, rank: 48}]}\n"
+        DATA + "rank: {policy: schedule, initial: 16, schedule: [{step: 1, rank: 32}, {step: 2, rank: 48}]}\n"
         "train: {batch_ramp: {start: 8, increment: 8, steps: 10}}\n",
     )
-    config = load_config(path, ["rank.events=[{step: 5, rank: 32}]", "train.batch_ramp=null"])
-    assert [(event.step, event.rank) for event in config.rank.events] == [(5, 32)]
+    config = load_config(path, ["rank.schedule=[{step: 5, rank: 32}]", "train.batch_ramp=null"])
+    assert [(event.step, event.rank) for event in config.rank.schedule] == [(5, 32)]
     assert config.train.batch_ramp is None
 
 
@@ -72,7 +72,7 @@ def test_installed_configs_go_by_their_name():
 
 def test_a_dumped_config_reads_back_the_same(tmp_path):
     config = configured(
-        rank={"policy": "schedule", "initial": 16, "events": [{"step": 3, "rank": 32}]},
+        rank={"policy": "schedule", "initial": 16, "schedule": [{"step": 3, "rank": 32}]},
         train={"batch_ramp": {"start": 8, "increment": 8, "steps": 9}},
     )
     assert load_config(write(tmp_path, "again.yaml", dump_config(config))) == config
@@ -121,15 +121,16 @@ def test_a_config_that_is_not_there_is_refused_with_what_is(name):
     [
         ("train.stpes=5", "there is no setting train.stpes: did you mean train.steps?"),
         ("trian.steps=5", "there is no setting trian: did you mean train?"),
+        ("rank.events=[{step: 5, rank: 32}]", "rank.events is called rank.schedule now: write that"),
         ("train.seed=5", "there is no setting train.seed: did you mean run.seed?"),
         ("train.batch_ramp={start: 8, increments: 8, steps: 5}", "did you mean train.batch_ramp.increment?"),
-        ("rank.events=[{step: 1, ranks: 2}]", "no setting rank.events.0.ranks: did you mean rank.events.rank?"),
-        ("rank.events=[{step: 1}]", "rank.events.0.rank is missing: set it"),
+        ("rank.schedule=[{step: 1, ranks: 2}]", "no setting rank.schedule.0.ranks: did you mean rank.schedule.rank?"),
+        ("rank.schedule=[{step: 1}]", "rank.schedule.0.rank is missing: set it"),
         ("train=5", "'train=5' is not an override: write section.key=value"),
         ("train.steps", "is not an override"),
         ("train..steps=1", "is not an override"),
         ("rank={", "is not an override"),
-        ("rank.events=[", "the value in 'rank.events=[' is not valid YAML"),
+        ("rank.schedule=[", "the value in 'rank.schedule=[' is not valid YAML"),
         ("train.steps=many", "train.steps is 'many': input should be a valid integer"),
         ("train.steps=0", "train.steps is 0: input should be greater than or equal to 1"),
         ("train.steps=1.5", "train.steps is 1.5: input should be a valid integer"),

@@ -97,7 +97,7 @@ def test_a_blended_run_within_documents_is_the_same_on_every_layout_and_after_a_
         return tmp_path / name
 
     whole = trained("whole", 1)
-    trained("parted", 2, "parallel.tensor=2", "train.steps=6", "rank.events=[{step: 4, rank: 6}]")
+    trained("parted", 2, "parallel.tensor=2", "train.steps=6", "rank.schedule=[{step: 4, rank: 6}]")
     parted = trained("parted", 4, "parallel.tensor=2", "deepspeed.stage=2")
     expected, found = curve(whole), curve(parted)
     assert [line["step"] for line in found] == [line["step"] for line in expected] == list(range(1, 13))

@@ -219,7 +219,7 @@ def test_a_resumed_masked_run_is_the_same_to_the_bit(corpus: Path, trained: Path
 
 
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # dropout masks depend on the layout
-DENSE = {"policy": "fixed", "events": []}
+DENSE = {"policy": "fixed", "schedule": []}
 VARIANTS = [
     ("llama", "factored"),
     pytest.param(("gpt2", "factored"), marks=pytest.mark.matrix),

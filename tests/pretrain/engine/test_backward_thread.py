@@ -19,9 +19,9 @@ from tests.support.distributed import run
 from tests.support.training_runs import curve, make_corpus, write_config
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-GRADIENT = {"policy": "gradient", "events": [], "check_every": 3, "stop_step": 4, "probe": 2, "threshold": 0.5}
-GROWING = {"events": [{"step": 2, "rank": 6}]}
-FIXED = {"policy": "fixed", "events": []}
+GRADIENT = {"policy": "gradient", "schedule": [], "check_every": 3, "stop_step": 4, "probe": 2, "threshold": 0.5}
+GROWING = {"schedule": [{"step": 2, "rank": 6}]}
+FIXED = {"policy": "fixed", "schedule": []}
 
 
 def _case(stage: int, recompute: str, dropout: bool) -> dict[str, dict[str, Any]]:

@@ -47,7 +47,7 @@ def _make_start(folder: Path, corpus: Path, model: dict[str, Any]) -> dict[str, 
 
 
 def _config(path: Path, corpus: Path, start: Path, model: dict[str, Any], **sections: dict[str, Any]) -> Path:
-    rank = {"policy": "fixed", "initial": RANK, "events": []} if model["parametrization"] == "dense" else {}
+    rank = {"policy": "fixed", "initial": RANK, "schedule": []} if model["parametrization"] == "dense" else {}
     sections = {"model": model, "rank": rank, "checkpoint": {"start_from": str(start)}, **sections}
     return write_config(path, corpus, path.with_suffix(""), **sections)
 
@@ -154,7 +154,7 @@ def test_folders_that_do_not_fit(
     model, start = MODELS["llama additive"], tmp_path / "start"
     _make_start(start, corpus, model)
     damage(start)
-    rank = {"policy": "fixed", "initial": RANK, "events": [], **sections.get("rank", {})}
+    rank = {"policy": "fixed", "initial": RANK, "schedule": [], **sections.get("rank", {})}
     path = _config(tmp_path / "run.yaml", corpus, start, model | sections.get("model", {}), rank=rank)
     config = load_config(str(path))
     tokenizer = open_tokenizer(corpus / "tokenizer.model")

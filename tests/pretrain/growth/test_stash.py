@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.format import Fragment
-from pretrain.growth.stash import host_copies, host_copy
+from pretrain.growth.stash import host_copies, host_copy, staying_and_leaving
 
 
 def _fragments() -> tuple[list[Fragment], dict[tuple[str, str], Tensor]]:
@@ -47,3 +47,13 @@ def test_a_copy_is_as_large_as_what_it_copies() -> None:
     copy = host_copy(view)
     assert torch.equal(copy, view)
     assert copy.untyped_storage().nbytes() == 40
+
+
+@pytest.mark.parametrize(("spare_bytes", "staying"), [(-1.0, 0), (799.0, 1), (800.0, 4), (1599.0, 5), (1620.0, 9)])
+def test_flat_tensors_stay_where_they_fit_as_a_whole(spare_bytes: float, staying: int) -> None:
+    """Two flat tensors of 800 bytes with four fragments each, and one of 20 bytes."""
+    fragments, _ = _fragments()
+    stay, leave = staying_and_leaving(fragments, spare_bytes)
+    assert (len(stay), len(leave)) == (staying, 9 - staying)
+    storages = [{fragment.values.untyped_storage().data_ptr() for fragment in part} for part in (stay, leave)]
+    assert not storages[0] & storages[1]

@@ -74,7 +74,7 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
             monitor.validation(step, {"": Validation(2.5, bits_per_byte=1.25)})
             monitor.spectra(step, {name: np.array([2.0, 1.0, 1.0]) for name in RANKS})
             monitor.event("checkpoint", step, folder="checkpoints/step_000000010")
-            monitor.augmentation(grown(step, seconds=0.25, logit_change=0.0125))
+            monitor.growth(grown(step, seconds=0.25, logit_change=0.0125))
     monitor.close()
 
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -102,14 +102,14 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
         "train/lm_loss", "train/grad_norm", "train/learning_rate", "train/skipped_steps", "train/consumed_tokens",
         "train/loss_scale", "train/global_batch", "validation/lm_loss", "validation/ppl", "validation/bits_per_byte",
         "throughput/tokens_per_second", "throughput/tflops_per_device", "throughput/dense_equivalent_speedup",
-        "time/step_seconds", "time/augmentation_seconds", "memory/resident_bytes", "rank/mean",
+        "time/step_seconds", "time/growth_seconds", "memory/resident_bytes", "rank/mean",
         "rank/total_parameters", "rank/layer_00/qkv", "rank/layer_01/fc2", "spectrum/layer_01/fc2/spectral_norm",
         "spectrum/layer_01/fc2/stable_rank", "spectrum/layer_01/fc2/effective_rank",
     }  # fmt: skip
     assert "throughput/mfu" not in scalars  # no device that we know, and fp32
     assert set(events.Tags()["images"]) == {"rank/map", "spectrum/singular_values"}
-    assert {"event/checkpoint/text_summary", "event/augmentation/text_summary"} <= set(events.Tags()["tensors"])
-    assert [(event.step, event.value) for event in events.Scalars("event/augmentation")] == [(10, 2.0)]
+    assert {"event/checkpoint/text_summary", "event/growth/text_summary"} <= set(events.Tags()["tensors"])
+    assert [(event.step, event.value) for event in events.Scalars("event/growth")] == [(10, 2.0)]
     # Validations have a curve of their own, and there are too many checkpoints.
     assert not {"event/validation", "event/checkpoint"} & scalars
     spent = tensorboard(tmp_path / "tensorboard", "by_seconds")
@@ -125,20 +125,20 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
     assert events.Scalars("throughput/dense_equivalent_speedup")[0].value > 1.0
 
     kinds = [(event["event"], event["step"]) for event in read_lines(tmp_path / "events.jsonl")]
-    assert kinds == [("validation", 10), ("checkpoint", 10), ("augmentation", 10)]
+    assert kinds == [("validation", 10), ("checkpoint", 10), ("growth", 10)]
     assert read_lines(tmp_path / "events.jsonl")[-1]["logit_change"] == 0.0125
-    assert events.Scalars("augmentation/logit_change")[0].value == pytest.approx(0.0125)
+    assert events.Scalars("growth/logit_change")[0].value == pytest.approx(0.0125)
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("step ") for line in shown) == 5
     assert "step 20/20  loss 2.0000  ppl 7.39  tokens/s 256  rank 9.0  left 0:00:00" in shown
-    assert any(line.startswith("[augmentation] step 10  layers 1") for line in shown)
+    assert any(line.startswith("[growth] step 10  layers 1") for line in shown)
 
 
 def test_a_resumed_run_shows_no_step_twice(tmp_path):
     killed = opened(tmp_path)
     for step in range(1, 16):
         killed.train_step(step, metrics(step, lm_loss=9.0 if step > 10 else 2.0))
-    killed.augmentation(grown(13, seconds=0.5))
+    killed.growth(grown(13, seconds=0.5))
     killed.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "lm_lo')
@@ -155,12 +155,12 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [
         (1, 2.0), (5, 2.0), (10, 2.0), (15, 1.0), (20, 1.0),
     ]  # fmt: skip
-    assert events.Scalars("time/augmentation_seconds") == []  # that of step 13 was undone
+    assert events.Scalars("time/growth_seconds") == []  # that of step 13 was undone
     assert lines[-1]["training_flops"] == 80 * 32 * flops(RANKS)
     assert lines[-1]["training_seconds"] == 10.0
     spent = tensorboard(tmp_path / "tensorboard", "by_seconds")
     assert [event.step for event in spent.Scalars("by_seconds/train/lm_loss")] == [0, 2, 5, 8, 10]
-    assert [event["event"] for event in read_lines(tmp_path / "events.jsonl")] == ["augmentation", "resume"]
+    assert [event["event"] for event in read_lines(tmp_path / "events.jsonl")] == ["growth", "resume"]
 
 
 def test_a_run_started_over_forgets_the_old_lines(tmp_path):
@@ -183,7 +183,7 @@ def test_other_processes_write_and_say_nothing(tmp_path, capsys):
     monitor = opened(folder, active=False)
     monitor.train_step(5, metrics(5))
     monitor.validation(5, {"": Validation(2.0)})
-    monitor.augmentation(grown(5, seconds=0.1))
+    monitor.growth(grown(5, seconds=0.1))
     monitor.spectra(5, {FIRST: np.ones(8)})
     monitor.event("fault", 5)
     monitor.summary({})

@@ -108,14 +108,14 @@ def test_summary_holds_the_facts_and_the_next_commands(tmp_path):
     facts = summarize(CONFIG, FINAL, STATE, lm_loss=3.0, validation=Validation(2.5), checkpoint=newest)
     assert facts["perplexity"] == pytest.approx(math.exp(2.5))
     assert facts["parameters"] == total_parameters(CONFIG.model, FINAL)
-    assert facts["augmentation_seconds"] == 0.75
+    assert facts["growth_seconds"] == 0.75
     assert facts["consumed_tokens"] == 10 * 4 * 32
     text = summary_text(facts, tmp_path / "a run")
     assert "validation loss 2.5000, perplexity 12.18" in text
-    assert [event["step"] for event in facts["augmentations"]] == [record.step for record in GROWTH]
-    assert facts["augmentations"][-1]["mean_rank"] == facts["mean_rank"]
-    assert facts["augmentations"][0]["mean_rank"] < facts["mean_rank"]
-    assert "after 2 augmentations:" in text
+    assert [event["step"] for event in facts["growth"]] == [record.step for record in GROWTH]
+    assert facts["growth"][-1]["mean_rank"] == facts["mean_rank"]
+    assert facts["growth"][0]["mean_rank"] < facts["mean_rank"]
+    assert "after 2 growth events:" in text
     assert f"--checkpoint '{tmp_path}/a run' --output '{tmp_path}/a run/consolidated'" in text
     assert f'from_pretrained("{tmp_path}/a run/export")' in text
 

@@ -179,7 +179,7 @@ def test_energy_ranks_by_hand() -> None:
 
 DENSE: dict[str, dict[str, Any]] = {
     "model": {"parametrization": "dense"},
-    "rank": {"policy": "fixed", "events": []},
+    "rank": {"policy": "fixed", "schedule": []},
     "train": {"steps": 6, "validate_every": 2, "validation_sequences": 8},
     "checkpoint": {"every": 2},
 }

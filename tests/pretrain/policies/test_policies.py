@@ -14,7 +14,7 @@ from pretrain.policies.gradient import GradientPolicy
 from pretrain.policies.policy import (
     LayerMeasurement,
     RankConfig,
-    RankEvent,
+    ScheduleEntry,
     decide_ranks,
     limit_growth,
     rank_cap,
@@ -79,8 +79,10 @@ def test_fixed_never_grows():
     assert policy.targets(100, [layer(16)], None) == {}
 
 
-def test_schedule_grows_at_its_events_only():
-    rank = RankConfig(policy="schedule", initial=16, events=(RankEvent(step=5, rank=32), RankEvent(step=9, rank=48)))
+def test_schedule_grows_at_its_entries_only():
+    rank = RankConfig(
+        policy="schedule", initial=16, schedule=(ScheduleEntry(step=5, rank=32), ScheduleEntry(step=9, rank=48))
+    )
     policy = build_policy(rank, 1000)
     assert [step for step in range(20) if policy.due(step)] == [5, 9]
     assert not policy.needs
@@ -138,9 +140,9 @@ MODEL = ModelConfig(layers=1, hidden=64, heads=4, ffn=192, family="gpt2")  # pro
     ("settings", "words"),
     [
         ({"initial": 33}, "33 is above the break-even rank 32 of decoder.layers.0.self_attention.linear_proj"),
-        ({"initial": 8, "events": [{"step": 5, "rank": 16}]}, "rank.events belongs to rank.policy=schedule"),
+        ({"initial": 8, "schedule": [{"step": 5, "rank": 16}]}, "rank.schedule belongs to rank.policy=schedule"),
         ({"policy": "schedule", "initial": 24, "quantum": 16}, "not a multiple of rank.quantum 16"),
-        ({"policy": "schedule", "initial": 16}, "set rank.events"),
+        ({"policy": "schedule", "initial": 16}, "set rank.schedule"),
         ({"policy": "explained_ratio", "initial": 16, "buffer": 16}, "16 - 16 leaves none"),
         ({"initial": 16, "start_step": 5, "stop_step": 4}, "rank.stop_step 4 is before"),
         ({"initial": 16, "budget": 0.5}, "rank.budget 0.5 is for policies that decide by themselves"),
@@ -167,9 +169,9 @@ def test_rank_settings_that_cannot_work_are_refused(settings, words):
 
 
 @pytest.mark.parametrize(
-    ("events", "words"),
+    ("entries", "words"),
     [
-        ([(5, 16), (5, 32)], "behind an event at step 5"),
+        ([(5, 16), (5, 32)], "behind an entry at step 5"),
         ([(5, 16), (6, 16)], "where it is 16 already"),
         ([(5, 12)], "no multiple of rank.quantum 8"),
         ([(5, 24)], "more than double the 8"),
@@ -179,10 +181,10 @@ def test_rank_settings_that_cannot_work_are_refused(settings, words):
         ([(45, 16)], "the run ends at train.steps 40"),
     ],
 )
-def test_events_that_cannot_happen_are_refused(events, words):
-    events = [{"step": step, "rank": rank} for step, rank in events]
-    rank = RankConfig(policy="schedule", initial=8, quantum=8, start_step=2, stop_step=50, events=events)
-    with pytest.raises(ValueError, match=r"rank\.events") as refused:
+def test_entries_that_cannot_happen_are_refused(entries, words):
+    schedule = [{"step": step, "rank": rank} for step, rank in entries]
+    rank = RankConfig(policy="schedule", initial=8, quantum=8, start_step=2, stop_step=50, schedule=schedule)
+    with pytest.raises(ValueError, match=r"rank\.schedule") as refused:
         check_rank_config(rank, factored_projections(MODEL), 40)
     assert words in str(refused.value)
 

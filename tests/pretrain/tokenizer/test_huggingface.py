@@ -131,8 +131,8 @@ def test_from_the_corpus_to_the_export_and_back(
     assert facts.round_trip_exceptions == 0
     data = {"prefix": str(tmp_path / "corpus"), "tokenizer": str(own.parent)}
     config = write_config(tmp_path / "run.yaml", tmp_path, tmp_path / "run", data=data, train={"steps": 10})
-    run(train_in_workers, 2, str(config), ["parallel.tensor=2", "train.steps=6", "rank.events=[{step: 4, rank: 6}]"])
-    run(train_in_workers, 2, str(config), ["train.steps=10", "rank.events=[{step: 4, rank: 6}]"])
+    run(train_in_workers, 2, str(config), ["parallel.tensor=2", "train.steps=6", "rank.schedule=[{step: 4, rank: 6}]"])
+    run(train_in_workers, 2, str(config), ["train.steps=10", "rank.schedule=[{step: 4, rank: 6}]"])
     call(consolidate_checkpoint, "--checkpoint", tmp_path / "run", "--output", tmp_path / "merged")
     tokenizer = open_tokenizer(own)
     merged = ConsolidatedModel(tmp_path / "merged")

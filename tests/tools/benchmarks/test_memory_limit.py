@@ -14,7 +14,7 @@ from tools.benchmarks import memory_limit
 LARGE = [
     *("model.hidden=2048", "model.layers=24", "model.heads=16", "model.query_groups=16", "model.sequence_length=64"),
     *("train.micro_batch=1", "train.global_batch=2", "data.split=80,20,0"),
-    *("rank.policy=fixed", "rank.events=[]", "rank.initial=16"),
+    *("rank.policy=fixed", "rank.schedule=[]", "rank.initial=16"),
 ]
 
 

@@ -39,4 +39,4 @@ def test_benchmark_measures_a_real_run(
     assert facts["plain_step_seconds"] > 0.0
     assert "of training time" in capsys.readouterr().out
     events = JsonLines(tmp_path / "run" / "events.jsonl").read()
-    assert "augmentation" not in {event["event"] for event in events}
+    assert "growth" not in {event["event"] for event in events}

@@ -68,7 +68,7 @@ RACE: dict[str, Any] = {
             "title": "growing",
             "order": 2,
             "group": "small",
-            "settings": {"rank": {"policy": "schedule", "initial": 2, "events": [{"step": "50%", "rank": 4}]}},
+            "settings": {"rank": {"policy": "schedule", "initial": 2, "schedule": [{"step": "50%", "rank": 4}]}},
             "learning_rates": list(GRID),
         },
     },
@@ -158,12 +158,12 @@ def test_other_rates_are_checked_at_full_length_and_not_compared(tmp_path: Path)
 def test_shares_become_steps_and_rates_are_set(tmp_path: Path) -> None:
     race = load_race(write_race(tmp_path / "race.yaml", tuning_settings={"train": {"validate_every": "100%"}}))
     (full,) = run_settings(race, Run("growing", 2e-3, 3, 8))
-    assert full["rank"]["events"] == [{"step": 4, "rank": 4}]
+    assert full["rank"]["schedule"] == [{"step": 4, "rank": 4}]
     assert (full["schedule"]["warmup_steps"], full["train"]["validate_every"], full["train"]["steps"]) == (2, 4, 8)
     assert full["optimizer"] == {"learning_rate": 2e-3, "minimum_learning_rate": 2e-4}
     assert full["run"] == {"seed": 3}
     (short,) = run_settings(race, Run("growing", 2e-3, 1, 4))
-    assert (short["rank"]["events"][0]["step"], short["train"]["validate_every"]) == (2, 4)
+    assert (short["rank"]["schedule"][0]["step"], short["train"]["validate_every"]) == (2, 4)
 
 
 def test_a_dense_beginning_is_a_part_of_its_own(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ STEP_TOKENS = 2 * 16
 def growth(step: int, rank: int) -> dict[str, Any]:
     return {
         "step": step,
-        "event": "augmentation",
+        "event": "growth",
         "after": dict.fromkeys(RUN_CONFIG.initial_ranks(), rank),
         "seconds": 0.5,
     }

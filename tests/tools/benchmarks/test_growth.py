@@ -1,4 +1,4 @@
-"""The augmentation benchmark at a tiny size through the real trainer, and what a growing run holds at every moment."""
+"""The growth benchmark at a tiny size through the real trainer, and what a growing run holds at every moment."""
 
 import argparse
 import json
@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from model.process_groups import initialize_process_groups
 from pretrain.distributed import imports_out_of_collection
 from tests.support.distributed import run
-from tools.benchmarks import augmentation
-from tools.benchmarks.augmentation_memory import deviation, growing_memory
+from tools.benchmarks import growth
 from tools.benchmarks.growing_run import PHASES, growing_trainer
+from tools.benchmarks.growth_memory import deviation, growing_memory
 from tools.benchmarks.resident_bytes import freed_memory_returned
 
 TINY = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16", "--batch", "1"]
@@ -22,9 +22,9 @@ TINY = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "50
 
 def _rows(flags: list[str], file: str) -> None:
     """One process of the benchmark, within the process groups of the test."""
-    sys.argv = ["augmentation.py", *TINY, *flags, "--json", file]
+    sys.argv = ["growth.py", *TINY, *flags, "--json", file]
     with imports_out_of_collection():
-        augmentation.measure(augmentation.parse_arguments())
+        growth.measure(growth.parse_arguments())
 
 
 @pytest.mark.slow

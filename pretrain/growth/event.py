@@ -1,4 +1,4 @@
-"""The augmentation event: ranks change in mid-run, under ZeRO partitioning, and nothing that was learned is lost.
+"""The growth event: ranks change in mid-run, under ZeRO partitioning, and nothing that was learned is lost.
 
 ZeRO flattens parameters into partitions when an engine is built, and no shape can change under it. So an event is:
 
@@ -127,7 +127,7 @@ def plan_ranks(
     return RankPlan(step, ranks, row_norms(model, [name for name in ranks if ranks[name] > present[name]]))
 
 
-def augment(
+def change_ranks(
     engine: DeepSpeedEngine,
     plan: RankPlan,
     *,

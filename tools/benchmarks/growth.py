@@ -1,10 +1,10 @@
 """Measures what growing ranks costs: singular values, events, and memory, each with its table.
 
-    python tools/benchmarks/augmentation.py --json augmentation.json
-    deepspeed --num_gpus 2 tools/benchmarks/augmentation.py --only events memory    (without a GPU: two CPU processes)
-    python tools/benchmarks/augmentation.py --only spectra --blocks 24              (every layer, nothing scaled)
-    python tools/benchmarks/augmentation.py --only events --full                    (all 2,000 steps)
-    python tools/benchmarks/augmentation.py --hidden 64 --layers 2 --width 128 --vocabulary 500 --events 2 --repeats 2
+    python tools/benchmarks/growth.py --json growth.json
+    deepspeed --num_gpus 2 tools/benchmarks/growth.py --only events memory    (without a GPU: two CPU processes)
+    python tools/benchmarks/growth.py --only spectra --blocks 24              (every layer, nothing scaled)
+    python tools/benchmarks/growth.py --only events --full                    (all 2,000 steps)
+    python tools/benchmarks/growth.py --hidden 64 --layers 2 --width 128 --vocabulary 500 --events 2 --repeats 2
 
 spectra  all layers of a GPT-2 (24 layers, hidden 1024, rank hidden/4): `measure_spectra` against
          `torch.linalg.svdvals` of every whole product, as InRank takes them. Both are timed on `--blocks` layers of the
@@ -31,9 +31,9 @@ from pretrain.distributed import is_first_process, joined_processes
 from pretrain.errors import ConfigError, run_command
 from pretrain.provenance import git_revision, hardware, installed_versions
 from tools.arguments import output_file, positive
-from tools.benchmarks.augmentation_events import RUN_STEPS, events
-from tools.benchmarks.augmentation_memory import memory
-from tools.benchmarks.augmentation_spectra import spectra
+from tools.benchmarks.growth_events import RUN_STEPS, events
+from tools.benchmarks.growth_memory import memory
+from tools.benchmarks.growth_spectra import spectra
 from tools.benchmarks.resident_bytes import freed_memory_returned
 
 SECTIONS = ("spectra", "events", "memory")
@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--tensor {arguments.tensor} does not divide {processes} processes: change one of them")
     initialize_process_groups(arguments.tensor)
     facts: dict[str, Any] = {
-        "benchmark": "augmentation",
+        "benchmark": "growth",
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "local_rank")},
         "processes": processes,
         "commit": git_revision(),

@@ -1,4 +1,4 @@
-"""The augmentation event on real engines: nothing is lost, nothing is left over."""
+"""The growth event on real engines: nothing is lost, nothing is left over."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ from model.process_groups import initialize_process_groups, tensor_index, tensor
 from model.sharding import TensorLayout
 from pretrain.engine.optimizer_state import optimizer_state
 from pretrain.errors import NumericalError
-from pretrain.growth.augmentation import RankPlan, _agree_on, _check_logits, augment
+from pretrain.growth.event import RankPlan, _agree_on, _check_logits, change_ranks
 from pretrain.growth.spectra import row_norms
 from tests.support.distributed import run
 from tests.support.parallel_engine import Case, SmallRun, live_engines, uniform_ranks
@@ -316,7 +316,7 @@ def _freed_before_rebuilding(config: ModelConfig, case: Case) -> tuple[list[str]
     gc.disable()  # nothing is left to the collector but what an event asks of it
     try:
         plan = RankPlan(1, uniform_ranks(config, 8), row_norms(small.engine.module, list(uniform_ranks(config, 4))))
-        small.engine, record = augment(small.engine, plan, rebuild=watched, seed=1, consumed_samples=0)
+        small.engine, record = change_ranks(small.engine, plan, rebuild=watched, seed=1, consumed_samples=0)
     finally:
         gc.enable()
     return alive, record.logit_change
