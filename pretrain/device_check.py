@@ -1,6 +1,6 @@
 """Refuses a device that a run cannot train on, in one sentence, before processes meet.
 
-`check_device` looks at this process's own; `meet` is the first message between devices.
+`check_device` checks this process's own devices; `meet` is the first message between devices.
 """
 
 import os
@@ -17,7 +17,8 @@ _DEVICE_FILES = Path("/dev")
 
 
 def check_device(precision: str, processes_here: int) -> None:
-    """ConfigError if the devices of this node do not suffice for so many processes of it that train in `precision`."""
+    """ConfigError if this node's devices do not suffice for its `processes_here` processes that train in
+    `precision`."""
     check_driver()
     if not torch.cuda.is_available():
         return
@@ -50,7 +51,7 @@ def _check_precision(precision: str, device: int) -> None:
 
 
 def check_driver() -> None:
-    """ConfigError where a GPU is there that torch cannot use: a run would train on the CPU without a word."""
+    """ConfigError if the machine has a GPU that torch cannot use: a run would silently train on the CPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in (visible or "").split(",")]
     if len(set(names)) < len(names):
@@ -79,7 +80,7 @@ def _reason() -> str:
 
 
 def meet(device: torch.device) -> None:
-    """The first collective, in which NCCL connects the devices; an error with its reason where it cannot."""
+    """Runs the first collective, in which NCCL connects the devices; if it cannot, an `EspalierError` says why."""
     try:
         dist.all_reduce(torch.zeros(1, device=device))
     except dist.DistBackendError as error:
@@ -87,7 +88,7 @@ def meet(device: torch.device) -> None:
 
 
 def refused_meeting(complaint: str) -> EspalierError:
-    """What torch says when NCCL does not come to life, in one sentence."""
+    """The error for torch's `complaint` that NCCL could not start, as one sentence."""
     last = complaint.strip().splitlines()[-1].strip()
     if "Duplicate GPU" in complaint:
         return ConfigError(

@@ -1,4 +1,4 @@
-"""What is known about devices: how fast one could be and what connects it to others, by name."""
+"""Facts about devices by name: how fast one can be at best, and what connects it to others."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """16-bit FLOP/s the device could do at best; None for a device we do not know."""
+    """16-bit FLOP/s that the device can do at best; None for an unknown device."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
@@ -23,17 +23,17 @@ class DeviceFacts:
 
     memory_bytes: float
     peak_flops: float
-    """In 16 bits, on tensor cores."""
+    """FLOP/s in 16 bits, on tensor cores."""
     peak_fp32_flops: float
-    """Without them."""
+    """FLOP/s in fp32, without tensor cores."""
     memory_bytes_per_second: float
-    """To its own memory."""
+    """Speed of its own memory."""
     node_bytes_per_second: float
-    """To other devices of the node, one way."""
+    """Speed to other devices of the node, one way."""
     network_bytes_per_second: float
-    """To other nodes: a device's share of the node's links."""
+    """Speed to other nodes: one device's share of the node's links."""
     host_bytes_per_second: float
-    """To the node's memory."""
+    """Speed to the node's host memory."""
 
 
 DEVICES = {
@@ -42,18 +42,19 @@ DEVICES = {
     "a100": DeviceFacts(80 * 2**30, PEAK_FLOPS["A100"], 19.5e12, 2.0e12, 300e9, 25e9, 25e9),
     "cpu": DeviceFacts(64 * 2**30, 1e12, 1e12, 20e9, 10e9, 1.25e9, 20e9),
 }
-"""Of the CPU, of which nothing is known, a round figure for one process of a few cores and 10 Gbit/s."""
+"""Kinds of devices by name. Nothing is known about the CPU: its figures are round ones for one process on a few cores
+with 10 Gbit/s."""
 
 
 def synchronize() -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has finished all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def processes_of_machine(processes: int) -> int:
-    """How many of a run's processes share this machine, by what the launcher says (DeepSpeed's, torchrun's, OpenMPI's);
-    `processes` where it says nothing."""
+    """Number of a run's processes on this machine, as the launcher says (DeepSpeed's, torchrun's, OpenMPI's);
+    `processes` if it does not say."""
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if os.environ.get(name):
             return int(os.environ[name])

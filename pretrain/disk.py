@@ -1,4 +1,4 @@
-"""How files and folders reach the disk whole, and how files of others are read: strictly, and within a limit."""
+"""Writes files and folders so that they reach the disk whole; reads foreign files strictly, and up to a size limit."""
 
 import contextlib
 import json
@@ -29,8 +29,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes a new file and waits for the disk; its size in bytes and checksum, taken from what was meant to be
-    written, so that a fault between memory and disk shows when the file is verified."""
+    """Writes a new file and waits for the disk; its size in bytes and its checksum.
+
+    The checksum is that of the blocks in memory, so a fault between memory and disk shows when the file is verified.
+    """
     digest = xxhash.xxh3_128()
     size = 0
     with path.open("xb") as file:
@@ -53,7 +55,8 @@ def file_checksum(path: Path) -> str:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` for a file that takes its place at the end, or is removed when anything goes wrong."""
+    """A name beside `path` for a new file. At the end it takes the place of `path`; if anything fails, it is
+    removed."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     staging.unlink(missing_ok=True)
     try:
@@ -75,7 +78,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def commit_files(names: Mapping[Path, Path]) -> None:
-    """Gives finished files the names they map to, all in one folder and the last one last, and waits for the disk."""
+    """Gives finished files the names they map to, in order and all in one folder, and waits for the disk."""
     for staged, path in names.items():
         flush_to_disk(staged)
         staged.replace(path)
@@ -83,8 +86,11 @@ def commit_files(names: Mapping[Path, Path]) -> None:
 
 
 def commit_folder(staging: Path, target: Path, aside: Path, moved_aside: Callable[[], object] = lambda: None) -> None:
-    """Gives the folder `staging` the name `target`. What has that name is moved to `aside`, and back if this fails;
-    removing it afterwards is left to the caller, and `moved_aside` is called between the two renames."""
+    """Gives the folder `staging` the name `target`.
+
+    A folder that has this name already is moved to `aside`, and back if the renaming fails. `moved_aside` is called
+    between the two renames. The caller removes `aside` afterwards.
+    """
     flush_to_disk(staging)
     replaced = os.path.lexists(target)
     if replaced:
@@ -101,9 +107,9 @@ def commit_folder(staging: Path, target: Path, aside: Path, moved_aside: Callabl
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, or is removed when anything goes wrong.
+    """A new folder beside `output`. At the end it takes the name of `output`; if anything fails, it is removed.
 
-    Whether `output` may be replaced is for the caller to know.
+    The caller checks before whether `output` may be replaced.
     """
     staging = output.with_name(f".{output.name}.partial")
     aside = output.with_name(f".{output.name}.replaced")
@@ -139,7 +145,7 @@ def plain_file_bytes(path: Path) -> int:
 
 
 def read_limited(path: Path, limit_bytes: int) -> bytes:
-    """The bytes of a regular file that is no larger than such a file can be."""
+    """The bytes of a regular file; CheckpointError if it has more than `limit_bytes`."""
     size = plain_file_bytes(path)
     if size > limit_bytes:
         raise CheckpointError(f"{path} has {size} bytes, and {limit_bytes} is the most such a file can have")
@@ -150,7 +156,7 @@ def read_limited(path: Path, limit_bytes: int) -> bytes:
 
 
 def open_tensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """A handle of a safetensors file, and the shapes of its tensors, all fp32; only the header is read."""
+    """A handle of a safetensors file, and the shapes of its tensors, all fp32; reads only the header."""
     plain_file_bytes(path)
     try:
         handle = safe_open(path, framework="pt", device="cpu")
@@ -178,7 +184,7 @@ def decode_json(data: bytes | str) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
-    """The object in a regular JSON file that is no larger than such a file can be."""
+    """The object in a regular JSON file; CheckpointError if it is none, or has more than `limit_bytes`."""
     data = read_limited(path, limit_bytes)
     try:
         return decode_json(data)
@@ -225,7 +231,7 @@ class JsonLines:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds one line; on an OSError the file is as before."""
+        """Adds one line; after an OSError the file is as it was before."""
         line = json_text(record) + "\n"
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
@@ -237,7 +243,7 @@ class JsonLines:
                 raise
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a line that holds none, such as one that a kill tore, is left out."""
+        """All records; lines that hold none, such as one torn by a kill, are left out."""
         if not self.path.exists():
             return []
         records = []
@@ -249,7 +255,7 @@ class JsonLines:
         return records
 
     def cut(self, last_step: int | None) -> None:
-        """Drops a torn line, and lines whose step is after `last_step` (None: keeps all steps)."""
+        """Drops torn lines, and lines whose step is after `last_step` (None: keeps all steps)."""
         if not self.path.exists():
             return
         kept = [record for record in self.read() if last_step is None or record["step"] <= last_step]

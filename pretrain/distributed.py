@@ -1,4 +1,4 @@
-"""The distributed life of a run: joining, agreeing, leaving."""
+"""How the processes of a run join, agree and leave."""
 
 import ctypes
 import gc
@@ -42,10 +42,11 @@ def imports_out_of_collection() -> Iterator[None]:
 
 @contextmanager
 def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
-    """Joins the processes the launcher started (without a launcher: alone) and leaves them in order; yields their
-    number. How they compute and how long they wait for each other follows from `config`, or is as by default.
+    """Joins the processes that the launcher started (without a launcher: alone) and leaves them in order; yields their
+    number.
 
-    Groups are destroyed at the end: a process that exits with live gloo threads ends in noise and a wrong exit code.
+    `config` decides how they compute and how long they wait for each other; without it, the defaults do. Groups are
+    destroyed at the end: a process that exits with live gloo threads prints errors and has a wrong exit code.
     """
     if sys.prefix != sys.base_prefix:
         # The default folder is shared by all environments of a user, and each would compile DeepSpeed's operator anew.
@@ -57,7 +58,7 @@ def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
-    import deepspeed  # here alone: it takes seconds, and most of what stands on this module needs none of it
+    import deepspeed  # not at the top: it takes seconds, and most importers of this module do not need it
 
     settle_device(config)
     precision, guard = ("fp32", GuardConfig()) if config is None else (config.train.precision, config.guard)
@@ -80,7 +81,7 @@ def joined_processes(config: RunConfig | None = None) -> Iterator[int]:
 
 
 def _take_place_from_mpi() -> None:
-    """OpenMPI's mpirun names a process's place in its own way."""
+    """Translates the variables in which OpenMPI's mpirun says which process this is."""
     for ours, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
         if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
             os.environ.setdefault(ours, os.environ[f"OMPI_COMM_WORLD_{theirs}"])
@@ -120,7 +121,7 @@ def process_number() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Everybody's value, at everybody's."""
+    """The values of all processes, on all of them; a collective."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -129,7 +130,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_to_first(value: Any) -> list[Any]:
-    """Everybody's value at process 0, nothing elsewhere."""
+    """The values of all processes on process 0, an empty list elsewhere; a collective."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size() if process_number() == 0 else None
@@ -139,8 +140,8 @@ def gather_to_first(value: Any) -> list[Any]:
 
 @contextmanager
 def vote(explained: Callable[[Exception], EspalierError]) -> Iterator[None]:
-    """Runs its body on all processes; where it failed on any, all raise the error of the first that failed, in the
-    words of `explained`."""
+    """Runs its body on all processes. If it failed on any, all raise what `explained` makes of the error of the first
+    that failed."""
     cause = None
     try:
         yield
@@ -150,9 +151,9 @@ def vote(explained: Callable[[Exception], EspalierError]) -> Iterator[None]:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """Runs `action` on every process; when it fails on any, all raise the error of the first that failed.
+    """Runs `action` on every process. If it fails on any, all raise the error of the first that failed.
 
-    So a file that only one node misses ends the run with one sentence instead of leaving the others waiting.
+    A file that only one node misses then ends the run with one sentence, instead of leaving the others waiting.
     """
     result, error = None, None
     try:

@@ -13,7 +13,7 @@ class EspalierError(Exception):
 
     exit_code = 1
     agreed = False
-    """All processes raise the same error, and know it: the first one says it for all."""
+    """Whether all processes raise the same error, and know it: then the first one prints it for all."""
 
 
 class ConfigError(EspalierError):
@@ -57,15 +57,18 @@ class StopSignal(EspalierError):
 
 
 def agreed(message: str) -> NumericalError:
-    """The error for a figure that is the same on all processes."""
+    """The error for a figure that is the same on all processes: the first one prints it."""
     error = NumericalError(message)
     error.agreed = True
     return error
 
 
 def _leave_own_folder_out() -> None:
-    """Takes the script's folder off the path, where Python puts it first: scripts beside it (`tools/evaluate.py`) would
-    hide libraries of the same name from what imports these later. Modules of ours are imported by their whole name."""
+    """Takes the script's folder off the path, where Python puts it first.
+
+    Else scripts in it (`tools/evaluate.py`) would hide libraries of the same name from later imports. Our own modules
+    are imported by their full names.
+    """
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is not None:
         own = os.path.realpath(os.path.dirname(os.path.abspath(script)))
@@ -78,7 +81,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except EspalierError as error:
-        # Before processes have met, those of one node still read the same files: one voice a node.
+        # Before processes have met, those of one node read the same files: one of each node prints the error.
         speaker = "RANK" if error.agreed else "LOCAL_RANK" if isinstance(error, ConfigError) else ""
         if os.environ.get(speaker, "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -10,9 +10,9 @@ window before it has scored, so that with a stride below the length each token b
     second                                         . . x x x
     last, moved back to end with the text            . . . . x
 
-A stride of the length is what a validation of a run does, and the cheapest; a short one is the usual convention for
-published perplexities (at length / stride times the cost). Within documents no window reaches over the end of one:
-each is a stream of its own, as a run with `data.within_documents` sees it.
+A stride of the length is the cheapest, and what the validation of a run does. Published perplexities usually have a
+shorter one, at length / stride times the cost. With documents seen one by one, no window reaches over the end of one:
+each document is a stream of its own, as in a run with `data.within_documents`.
 """
 
 import math
@@ -55,16 +55,16 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of it."""
+    """The result of an evaluation."""
 
     lm_loss: float
     """Nats a token."""
     perplexity: float
     bits_per_byte: float
     tokens: int
-    """That were predicted, ends of documents included."""
+    """Tokens that were predicted, ends of documents included."""
     bytes: int
-    """Of UTF-8 that they stand for; an end of document stands for none."""
+    """UTF-8 bytes that the predicted tokens stand for; an end of document stands for none."""
     length: int
     stride: int
 
@@ -73,8 +73,10 @@ class Evaluation:
 
 
 def find_model(path: Path, tensor: int) -> EvaluatedModel:
-    """The model in a dense export, a consolidated folder, a run folder or a checkpoint; an error where there is none,
-    or one that `tensor` tensor-parallel processes cannot share."""
+    """The model in a dense export, a consolidated folder, a run folder or a checkpoint.
+
+    Raises an `EspalierError` if there is no model, or if `tensor` tensor-parallel processes cannot share it.
+    """
     if (path / "config.json").is_file():
         return _export(path, tensor)
     if (path / FACTS_NAME).is_file():
@@ -150,7 +152,7 @@ def _export(folder: Path, tensor: int) -> EvaluatedModel:
 
 @dataclass(frozen=True)
 class Window:
-    """A row of tokens, and which of them are scored."""
+    """A row of tokens: its begin and length in the stream, and the first place that it scores."""
 
     begin: int
     length: int
@@ -158,7 +160,7 @@ class Window:
 
 
 def plan_windows(stream: np.ndarray, length: int, stride: int, end_of_document: int | None) -> list[Window]:
-    """All windows, equally long ones side by side; with an `end_of_document` none reaches over one."""
+    """All windows, sorted by length, longest first; with an `end_of_document` none reaches over an end of document."""
     cuts = [0, len(stream) - 1]
     if end_of_document is not None:
         ends = np.flatnonzero(stream[1:-1] == end_of_document) + 1
@@ -172,7 +174,7 @@ def plan_windows(stream: np.ndarray, length: int, stride: int, end_of_document: 
 
 
 def windows(predictions: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Where each window begins, and from which of its places on it scores."""
+    """Begin of each window, and the first place inside it that it scores."""
     length = min(length, predictions)
     scored = 0
     for begin in range(0, max(predictions - length, 0) + stride, stride):
@@ -193,8 +195,11 @@ def evaluate(
     micro_batch: int,
     end_of_document: int | None = None,
 ) -> Evaluation:
-    """All processes call it; each data-parallel one takes every `data_size`-th micro-batch of windows, and the sums are
-    the same but for rounding on any number of them. With an `end_of_document` documents are seen one by one."""
+    """The loss of `stream` by sliding windows; a collective of all processes.
+
+    Each data-parallel process takes every `data_size`-th micro-batch of windows. The result is the same on any number
+    of processes, but for rounding. With an `end_of_document` each document is seen alone.
+    """
     planned = plan_windows(stream, length, stride, end_of_document)
     length = planned[0].length
     sums, lengths = LossSums(), torch.from_numpy(byte_lengths)
@@ -214,7 +219,7 @@ def evaluate(
 
 
 def _batch(stream: np.ndarray, batch: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of equally long windows."""
+    """Tokens, labels and mask `(batch, length)` of equally long windows; the mask is true where a window scores."""
     length = batch[0].length
     tokens = np.stack([stream[window.begin : window.begin + length + 1] for window in batch]).astype(np.int64)
     rows, scores_from = torch.from_numpy(tokens), torch.tensor([window.scores_from for window in batch])[:, None]

@@ -1,4 +1,4 @@
-"""Losses of tokens and their sums: what a validation of a run and an evaluation afterwards have in common."""
+"""Losses of tokens and their sums, for validations during a run and evaluations after it."""
 
 import math
 
@@ -21,20 +21,19 @@ def perplexity(lm_loss: float) -> float:
 
 
 class LossSums:
-    """Nats, predicted tokens, and something that is counted beside them; in fp64, on this process's device until
-    `total`."""
+    """Sums of nats, of predicted tokens, and of a third quantity; in fp64, on this process's device until `total`."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device())
 
     def add(self, losses: Tensor, mask: Tensor, counted: Tensor) -> None:
-        """All `(batch, seq)`; `mask` is 0 where a token does not count."""
+        """Adds the tokens of a batch. All arguments are `(batch, seq)`; `mask` is 0 where a token does not count."""
         mask = mask.to(device()).double()
         each = (losses.double(), mask, counted.to(device()))
         self._sums += torch.stack([(values * mask).sum() for values in each])
 
     def total(self) -> tuple[float, float, float]:
-        """Over all data-parallel processes: a collective."""
+        """The three sums over all data-parallel processes; a collective."""
         sums = self._sums.clone()
         dist.all_reduce(sums, group=data_group())
         nats, tokens, counted = sums.tolist()

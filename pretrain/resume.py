@@ -1,4 +1,4 @@
-"""What a run goes on from: its newest whole checkpoint, and whether that suits the present settings."""
+"""Finds the newest whole checkpoint of a run, and checks that it suits the present settings."""
 
 import sys
 from functools import partial
@@ -21,7 +21,7 @@ from pretrain.train_state import saved_progress
 
 
 class _Counters(BaseModel):
-    """`OptimizerState.counters`."""
+    """What `OptimizerState.counters` gave."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -30,7 +30,7 @@ class _Counters(BaseModel):
 
 
 class _Settings(BaseModel):
-    """Those sections of the saved run's settings that a resume compares with the present ones."""
+    """Sections of the saved run's settings that a resume compares with the present ones."""
 
     model_config = ConfigDict(strict=True)
 
@@ -54,10 +54,10 @@ class _State(BaseModel):
 
 
 def open_newest(checkpoints: Path, config: RunConfig) -> CheckpointReader | None:
-    """The newest whole checkpoint, the same on all processes, if it is of this architecture; None in a new run.
+    """The newest whole checkpoint, the same on all processes; None in a new run.
 
-    A damaged one is passed over with a warning. CheckpointError if there are checkpoints, and none is whole: a run
-    never starts over by itself.
+    Damaged ones are passed over with a warning. Raises CheckpointError if there are checkpoints, but none is whole: a
+    run never starts over by itself. Raises ConfigError if the checkpoint has another architecture.
     """
     folders = [step_folders(checkpoints)]
     dist.broadcast_object_list(folders, src=0)
@@ -91,7 +91,8 @@ def _verified(folder: Path) -> CheckpointReader:
 
 
 def check_origin(reader: CheckpointReader | None, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """What a new run starts from, or what a continued one has come to, must suit its settings."""
+    """An `EspalierError` if the folder that a new run starts from, or the checkpoint that a run continues, does not
+    suit its settings."""
     if reader is None:
         check_start(config, tokenizer)
     else:
@@ -105,7 +106,8 @@ def progress_of(reader: CheckpointReader | None) -> tuple[int, int]:
 
 
 def check_same_samples(reader: CheckpointReader | None, config: RunConfig, corpus: Corpus) -> None:
-    """Consumed samples mean something only in the same text, split and shuffled in the same way."""
+    """CheckpointError if the run continues with other samples: the number of consumed samples means something only in
+    the same text, split and shuffled in the same way."""
     if reader is None:
         return
     if reader.state["corpus"] != corpus.fingerprint:

@@ -35,28 +35,28 @@ from pretrain.resilience import heartbeat
 from pretrain.resilience.guard import Guard, RollBack
 from pretrain.resilience.run_lock import LOCK_FILE, locked
 from pretrain.resilience.signals import Signals
-from pretrain.resilience.watchdog import lost_peers_told, watched
+from pretrain.resilience.watchdog import lost_peers_reported, watched
 from pretrain.resume import check_origin, check_same_samples, open_newest, progress_of
 from pretrain.tokenizer.base import Tokenizer
 from pretrain.tokenizer.load import open_tokenizer
 from pretrain.trainer import Trainer, validation_samples
 
 
-def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> None:
+def train(trainer: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> None:
     """The loop: what happens in a step, and in which order."""
-    train, checkpoint, state = run.config.train, run.config.checkpoint, run.state
+    train, checkpoint, state = trainer.config.train, trainer.config.checkpoint, trainer.state
     loss, validation = float("nan"), None
     saver = Saver(beside=checkpoint.background, failures=checkpoint.failures, report=monitor.event)
-    save = partial(saver.save, partial(run.begin_checkpoint, checkpoints))
+    save = partial(saver.save, partial(trainer.begin_checkpoint, checkpoints))
     while state.step < train.steps:
-        decision = run.decide_if_due()
+        decision = trainer.decide_if_due()
         if decision is not None:
             monitor.decision(state.step, decision.answer.seconds, decision.answer.flops)
         if decision is not None and decision.growth is not None:
             guard.forget()
             monitor.growth(decision.growth)
 
-        metrics = run.train_step(lambda: guard.flags(saver.writing))
+        metrics = trainer.train_step(lambda: guard.flags(saver.writing))
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
         try:
@@ -65,24 +65,24 @@ def train(run: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -> No
             saver.finish()  # a checkpoint from before this step
             raise
 
-        saver.commit_if_written(not run.flags.writing)
-        if run.flags.signal and state.step < train.steps:
+        saver.commit_if_written(not trainer.flags.writing)
+        if trainer.flags.signal and state.step < train.steps:
             save(state.step, final=True)
-            raise guard.stop(run.flags.signal, state.step)
-        if run.corpus.validation and run.validates_after(state.step):
-            found = run.validate()
+            raise guard.stop(trainer.flags.signal, state.step)
+        if trainer.corpus.validation and trainer.validates_after(state.step):
+            found = trainer.validate()
             validation = next(iter(found.values()))
             monitor.validation(state.step, found)
-            monitor.spectra(state.step, run.spectra())
-        if run.tracker is not None and run.validates_after(state.step):
-            monitor.tracking(state.step, run.track(run.tracker))
+            monitor.spectra(state.step, trainer.spectra())
+        if trainer.tracker is not None and trainer.validates_after(state.step):
+            monitor.tracking(state.step, trainer.track(trainer.tracker))
         if state.step == train.steps or _due(state.step, checkpoint.every):
             save(state.step, final=state.step == train.steps)
 
     monitor.summary(
         summarize(
-            run.config,
-            run.model.ranks(),
+            trainer.config,
+            trainer.model.ranks(),
             state,
             lm_loss=loss,
             validation=validation,
@@ -96,8 +96,7 @@ def _due(step: int, interval: int) -> bool:
 
 
 def run_training(config: RunConfig, processes: int) -> Trainer | None:
-    """Everything between the command line and the loop, and the loop; all processes call it. None: nothing was left to
-    do."""
+    """Runs or continues the training of `config`; all processes call it. None if the run was complete already."""
     config.layout(processes)
     folder = Path(config.run.folder)
     own = [
@@ -108,23 +107,23 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     together(lambda: refuse_foreign_folder(folder, own))
     tokenizer = together(lambda: open_tokenizer(config.data.tokenizer))
     if config.train.objective == "mlm":
-        together(lambda: mask_token(tokenizer))  # nothing is written for a run that could not begin
+        together(lambda: mask_token(tokenizer))  # checked before anything is written
     config = config.with_vocabulary(tokenizer.vocabulary)
-    layout = config.layout(processes)  # once more: only now is the vocabulary known
+    layout = config.layout(processes)  # again, now that the vocabulary is known
     config = together(partial(with_deepspeed_file, config, layout))
     together(lambda: check_memory(config, processes))
     initialize_process_groups(config.parallel.tensor, collective_timeout(config.guard.hang_seconds))
-    signals, turned_back = Signals(), None
+    signals, rollback = Signals(), None
     with ExitStack() as stack:
-        for context in (locked(folder), signals.caught(), watched(config.guard.hang_seconds), lost_peers_told()):
+        for context in (locked(folder), signals.caught(), watched(config.guard.hang_seconds), lost_peers_reported()):
             stack.enter_context(context)
-        for turn in count():
+        for rollbacks in count():
             try:
-                return _run_once(config, processes, tokenizer, signals, turned_back)
-            except RollBack as again:
-                if turn >= config.guard.rollbacks:
-                    raise agreed(f"{again.reason}; guard.rollbacks, {config.guard.rollbacks}, are used up") from None
-                turned_back = again.with_traceback(None)  # which holds all that the life before had
+                return _run_once(config, processes, tokenizer, signals, rollback)
+            except RollBack as error:
+                if rollbacks >= config.guard.rollbacks:
+                    raise agreed(f"{error.reason}; guard.rollbacks, {config.guard.rollbacks}, are used up") from None
+                rollback = error.with_traceback(None)  # the traceback would keep engine and model alive
                 gc.collect()
                 release_free_memory()
     raise AssertionError("the loop above ends by itself")
@@ -135,9 +134,12 @@ def _cache(config: RunConfig) -> Path:
 
 
 def _run_once(
-    config: RunConfig, processes: int, tokenizer: Tokenizer, signals: Signals, turned_back: RollBack | None
+    config: RunConfig, processes: int, tokenizer: Tokenizer, signals: Signals, rollback: RollBack | None
 ) -> Trainer | None:
-    """From the newest checkpoint to the end of the run, or to where it turns back."""
+    """Trains from the newest checkpoint to the end of the run, or until a RollBack.
+
+    `rollback`: the one after which the run begins here again. None if the run was complete already.
+    """
     layout, folder = config.layout(processes), Path(config.run.folder)
     checkpoints = folder / "checkpoints"
     reader = open_newest(checkpoints, config)
@@ -146,11 +148,11 @@ def _run_once(
         if is_first_process():
             print(f"{folder} is complete at step {reader.step}; raise train.steps to go on")
         return None
-    if turned_back is not None and reader is None:
-        raise agreed(f"{turned_back.reason}; there is no checkpoint to go back to: lower checkpoint.every")
+    if rollback is not None and reader is None:
+        raise agreed(f"{rollback.reason}; there is no checkpoint to go back to: lower checkpoint.every")
     together(lambda: check_origin(reader, config, tokenizer))
     step, consumed = progress_of(reader)
-    consumed = consumed if turned_back is None else turned_back.consumed_samples
+    consumed = consumed if rollback is None else rollback.consumed_samples
     corpus = open_corpus(
         config.data,
         config.model,
@@ -163,35 +165,35 @@ def _run_once(
     together(lambda: check_same_samples(reader, config, corpus))
     corpus = corpus_for(config.train, corpus, config.run.seed)
     together(lambda: write_run_record(folder, config) if is_first_process() else None)
-    run = Trainer(config, layout, corpus, reader)
+    trainer = Trainer(config, layout, corpus, reader)
     if reader is not None:
         reader.close()
     monitor = Monitor(
         folder,
         config,
-        run.model.ranks(),
+        trainer.model.ranks(),
         active=is_first_process(),
         processes=processes,
-        state=run.state,
+        state=trainer.state,
     )
     if reader is not None:
-        monitor.event("resume", run.state.step, checkpoint=str(reader.folder))
-    elif (null := run.mean_untrained_rank()) is not None:
+        monitor.event("resume", trainer.state.step, checkpoint=str(reader.folder))
+    elif (null := trainer.mean_untrained_rank()) is not None:
         monitor.event("null", 0, mean_rank_if_never_trained=null)
-    if turned_back is not None:
-        monitor.event("rollback", step, reason=turned_back.reason, left_out=run.state.leave_out(consumed))
+    if rollback is not None:
+        monitor.event("rollback", step, reason=rollback.reason, left_out=trainer.state.leave_out(consumed))
     try:
-        train(run, monitor, Guard(config.guard, signals), checkpoints)
+        train(trainer, monitor, Guard(config.guard, signals), checkpoints)
     except RollBack:
-        tear_down(run.engine)
+        tear_down(trainer.engine)
         raise
     except EspalierError as error:
-        monitor.event("stopped" if isinstance(error, StopSignal) else "fault", run.state.step, error=str(error))
+        monitor.event("stopped" if isinstance(error, StopSignal) else "fault", trainer.state.step, error=str(error))
         raise
     finally:
-        run.close()
+        trainer.close()
         monitor.close()
-    return run
+    return trainer
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Where a run stands: what a step, a validation and a growth event came to, and what a checkpoint keeps of them."""
+"""The state of a run: results of a step, a validation and a growth event, and what a checkpoint keeps of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class StepMetrics:
     consumed_tokens: int
     skipped_steps: int
     loss_scale: float | None = None
-    """fp16 only."""
+    """Loss scale; fp16 only."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Validation:
     """Share of the tokens predicted right; masked objective only."""
 
     def facts(self) -> dict[str, float]:
-        """What there is of it, by name."""
+        """The results that exist for this objective, by name."""
         facts = {"lm_loss": self.lm_loss, "ppl": perplexity(self.lm_loss)}
         others = {"bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
         return facts | {name: value for name, value in others.items() if value is not None}
@@ -49,9 +49,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """What a growth event did: ranks of the layers that changed, how long training stood still, and how far the logits
-    of a fixed batch moved, as a share of their scale; None where directions were cut, and in records of earlier
-    versions."""
+    """What a growth event did to the layers that changed.
+
+    `before`, `after`: their ranks; `seconds`: how long training stood still; `logit_change`: how far the logits of a
+    fixed batch moved, as a share of their scale (None where directions were cut, and in records of earlier versions).
+    """
 
     step: int
     consumed_samples: int
@@ -66,16 +68,17 @@ class RankPeriod:
     """A stretch of a run in which ranks stayed the same."""
 
     step: int
-    """Steps taken when it began."""
+    """Steps taken when the period began."""
     samples: int
-    """Sequences trained on in it."""
+    """Sequences trained on during the period."""
     ranks: dict[str, int]
 
 
 def rank_periods(ranks: Mapping[str, int], growth: Sequence[GrowthRecord], consumed_samples: int) -> list[RankPeriod]:
     """The periods of a run from its start to its present `ranks` and `consumed_samples`: one more than growth events.
 
-    A record says what changed, so only the present ranks tell those of all layers, and the walk goes backwards.
+    A record has only the layers that changed. Only the present ranks are those of all layers, so the walk goes
+    backwards.
     """
     current, end, periods = dict(ranks), consumed_samples, []
     for record in reversed(growth):
@@ -96,11 +99,12 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     left_out: list[list[int]] = field(default_factory=list)
-    """`[first, end)` of the samples that were left out when the run turned back."""
+    """Windows `[first, end)` of the samples that were left out at rollbacks."""
     growth: list[GrowthRecord] = field(default_factory=list)
 
     def leave_out(self, end: int) -> list[int]:
-        """Goes on with sample `end`; the samples before it that were never trained on, or trained on in vain."""
+        """Skips to sample `end`; the window `[first, end)` of samples that are left out, which were trained on in vain
+        or not at all."""
         window = [self.consumed_samples, end]
         self.left_out.append(window)
         self.consumed_samples, self.skipped_in_a_row = end, 0
@@ -112,5 +116,5 @@ class TrainState:
 
 
 def saved_progress(state: Mapping[str, Any]) -> TrainState:
-    """The run's state out of a checkpoint's; pydantic's `ValidationError` where it says something else."""
+    """The run's state from the state of a checkpoint; pydantic's `ValidationError` if it is not one."""
     return TypeAdapter(TrainState).validate_python({**state["train"], "growth": state["growth"]})

@@ -1,7 +1,7 @@
 """What one run consists of, and its moves: a training step, a validation, a growth event, a checkpoint.
 
-`Trainer` holds everything that lives as long as the run. What the policy is asked and told is in
-`pretrain/growth/rank_control.py`, the loop that makes the moves in `pretrain/train.py`.
+`Trainer` holds everything that lives as long as the run. `pretrain/growth/rank_control.py` measures for the policy and
+asks it; the loop that makes the moves is in `pretrain/train.py`.
 """
 
 import math
@@ -35,7 +35,7 @@ from pretrain.data.prefetch import Prefetch, on_device, training_starts
 from pretrain.distributed import together
 from pretrain.engine.build import build_engine, evaluating, set_learning_rate
 from pretrain.engine.deepspeed_config import deepspeed_dict
-from pretrain.engine.gradient_scan import list_norms, norm_of, squared_norm, tell_squared_norm
+from pretrain.engine.gradient_scan import list_norms, norm_of, set_squared_norm, squared_norm
 from pretrain.engine.optimizer_state import frozen_fragments, optimizer_state
 from pretrain.engine.replica_check import check_replicas
 from pretrain.engine.zero3 import drop_gathered, held, hold
@@ -55,11 +55,11 @@ from pretrain.train_state import GrowthRecord, StepMetrics, TrainState, Validati
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of asking the policy."""
+    """The policy's answer, and what was done about it."""
 
     answer: Answer
     growth: GrowthRecord | None
-    """None: ranks stay."""
+    """The growth that was carried out; None if ranks stay."""
 
 
 class Trainer:
@@ -69,7 +69,7 @@ class Trainer:
         self.config, self.layout, self.corpus = config, layout, corpus
         self.state = TrainState()
         self.flags = NO_FLAGS
-        """Of all processes, in the last step."""
+        """Flags of all processes together, from the last step."""
         self._deepspeed = deepspeed_dict(config, layout)
         self._batches: Prefetch | None = None
         self.tracker = together(lambda: Tracker(config)) if config.rank.track else None
@@ -100,8 +100,11 @@ class Trainer:
     # Steps ------------------------------------------------------------------------------------------------------------
 
     def train_step(self, flags: Callable[[], Flags] = lambda: NO_FLAGS) -> StepMetrics:
-        """One optimizer step on the next unseen samples. `flags`: this process's, asked before the optimizer moves;
-        those of all are `self.flags` then."""
+        """One optimizer step on the next unseen samples.
+
+        `flags` gives this process's flags; it is called before the optimizer moves. Afterwards `self.flags` has those
+        of all processes together.
+        """
         start = time.perf_counter()
         train, state = self.config.train, self.state
         sequences = global_batch_at(state.step, train.global_batch, train.batch_ramp)
@@ -116,8 +119,7 @@ class Trainer:
         loss_scale = self._loss_scale()
         for micro_step in range(accumulation):
             self.model.dropout_counter.step, self.model.dropout_counter.micro_step = state.step, micro_step
-            # Said and not counted: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their
-            # number.
+            # Set by hand: DeepSpeed's own count of micro-steps goes wrong when a batch ramp changes their number.
             self.engine.set_gradient_accumulation_boundary(micro_step == accumulation - 1)
             heartbeat.at("step.forward", state.step)
             loss = _poisoned(self._mean_loss(self._next_batch()), state.step)
@@ -134,7 +136,7 @@ class Trainer:
             self.rank_control.after_step(self.model, loss_scale or 1.0)
         self._count(sequences, applied)
         seconds = time.perf_counter() - start
-        self.rank_control.took(state.step - 1, seconds)
+        self.rank_control.note_seconds(state.step - 1, seconds)
         return StepMetrics(
             lm_loss=known.loss / (accumulation * self.layout.data),
             grad_norm=norm,
@@ -163,12 +165,13 @@ class Trainer:
         return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
     def _optimizer_step(self, squares: float) -> tuple[float, bool]:
-        """The gradient's norm, and False when it was not finite: nothing changes then. DeepSpeed 0.19.8 sees to it
-        where ZeRO partitions the optimizer, and calls every such norm infinite."""
+        """Steps the optimizer; the gradient's norm, and whether the step was taken. A gradient that is not finite
+        changes nothing. Where ZeRO partitions the optimizer, DeepSpeed 0.19.8 skips that step, and calls the norm
+        infinite."""
         if self.config.deepspeed.stage == 0 and not math.isfinite(norm := float(norm_of(squares))):
             self.model.zero_grad(set_to_none=True)
             return norm, False
-        tell_squared_norm(self.engine, squares)
+        set_squared_norm(self.engine, squares)
         self.engine.step()
         norm = norm if self.config.deepspeed.stage == 0 else float(self.engine.get_global_grad_norm())
         return norm, bool(self.engine.was_step_applied())
@@ -182,7 +185,8 @@ class Trainer:
         state.skipped_steps += 0 if applied else 1
 
     def _refuse_non_finite_weights(self) -> None:
-        """Before anything measures or saves the weights: a spectrum of NaN is an error without a sentence."""
+        """NumericalError if a weight is not finite. Called before anything measures or saves the weights: a spectrum of
+        NaN would fail without saying why."""
         norms = list_norms([held(parameter)[1] for parameter in self.model.parameters()])
         finite = torch.stack(norms).isfinite().all().int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -196,7 +200,7 @@ class Trainer:
         return float(self.engine.optimizer.cur_scale) if self.config.train.precision == "fp16" else None
 
     def validate(self) -> dict[str, Validation]:
-        """What the model makes of the sequences of every held-out set, always the same ones."""
+        """Validates on every held-out set, by its name; always on the same sequences."""
         self._refuse_non_finite_weights()
         return {name: self._validate(samples) for name, samples in self.corpus.validation.items()}
 
@@ -226,7 +230,7 @@ class Trainer:
         return torch.from_numpy(self.corpus.tokenizer.byte_lengths()).to(device())
 
     def validates_after(self, step: int) -> bool:
-        """Whether `step` is the last one or one of every `train.validate_every`."""
+        """Whether a validation follows step `step`: the last one, and every `train.validate_every`-th."""
         every = self.config.train.validate_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
@@ -245,7 +249,7 @@ class Trainer:
     # Ranks ------------------------------------------------------------------------------------------------------------
 
     def decide_if_due(self) -> Decision | None:
-        """Asks the policy, and carries out what it wants; None when it has nothing to decide after this step."""
+        """Asks the policy and carries its answer out; None if no decision is due after this step."""
         if not self.rank_control.due(self.state.step):
             return None
         self._refuse_non_finite_weights()
@@ -265,7 +269,8 @@ class Trainer:
         return Decision(answer, record)
 
     def mean_untrained_rank(self) -> float | None:
-        """The mean rank that the policy would reach if training never changed the factors; None: the initial one."""
+        """The mean rank that the policy would reach if training never changed the factors; None if it would not grow
+        them."""
         return self.rank_control.mean_untrained_rank(self.model)
 
     def spectra(self) -> dict[str, Tensor]:
@@ -275,8 +280,8 @@ class Trainer:
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def begin_checkpoint(self, root: Path, resources: ExitStack) -> tuple[CheckpointWrite, Iterator[Fragment]]:
-        """A checkpoint of the present step below `root`, begun, and this process's fragments for it; a collective.
-        Files that it needs until it is committed are opened on `resources`."""
+        """Begins a checkpoint of the present step below `root`; the checkpoint, and this process's fragments for it. A
+        collective. `resources` holds the files that the checkpoint needs until it is committed."""
         self._refuse_non_finite_weights()
         check_replicas(self.model)
         adapter, checkpoint = optimizer_state(self.engine), self.config.checkpoint
@@ -326,8 +331,8 @@ class Trainer:
 
 
 def _poisoned(loss: Tensor, step: int) -> Tensor:
-    """A loss whose gradient is not finite where it is not itself, so that DeepSpeed, which looks at gradients, has all
-    processes skip the step. Multiplied by 1 otherwise, which changes no bit."""
+    """The loss, with a NaN gradient if the loss is not finite: DeepSpeed looks at gradients, and then skips the step on
+    all processes. A finite loss is multiplied by 1, which changes no bit."""
     heartbeat.at("step.loss", step)
     loss = loss * loss_factor(step)
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)

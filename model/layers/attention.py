@@ -76,7 +76,7 @@ class ScaledDotProductAttention(nn.Module):
         dimension it says where in `(batch * seq,)` documents begin, and where the last one ends.
         """
         if self.rotary is not None:
-            query, key = self.rotary.turn(query, key)
+            query, key = self.rotary.rotate(query, key)
         if attention_mask is not None and attention_mask.dim() == 1:
             return self._within_documents(query, key, value, attention_mask)
         repeats = query.shape[2] // key.shape[2]

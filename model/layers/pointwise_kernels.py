@@ -57,7 +57,7 @@ def _blocks(values: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def _turn_heads(
+def _rotate_heads(
     source, target, token, heads, half, along_seq, along_batch, along_head, cosine, sine, batch,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +72,8 @@ def _turn_heads(
 
 
 @triton.jit
-def _turn(
-    query, key, cosines, sines, turned_query, turned_key, batch, heads, groups, half,
+def _rotate(
+    query, key, cosines, sines, rotated_query, rotated_key, batch, heads, groups, half,
     query_seq, query_batch, query_head, key_seq, key_batch, key_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -82,21 +82,23 @@ def _turn(
     angle = token // batch * half + entry
     cosine = tl.load(cosines + angle, entry < half, 0.0).to(tl.float32)[None, :]
     sine = tl.load(sines + angle, entry < half, 0.0).to(tl.float32)[None, :]
-    _turn_heads(
-        query, turned_query, token, heads, half, query_seq, query_batch, query_head, cosine, sine, batch, HEADS, HALF
+    _rotate_heads(
+        query, rotated_query, token, heads, half, query_seq, query_batch, query_head, cosine, sine, batch, HEADS, HALF
     )
-    _turn_heads(key, turned_key, token, groups, half, key_seq, key_batch, key_head, cosine, sine, batch, GROUPS, HALF)
+    _rotate_heads(
+        key, rotated_key, token, groups, half, key_seq, key_batch, key_head, cosine, sine, batch, GROUPS, HALF
+    )
 
 
 def rotated(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """`query (seq, batch, heads, size)` and `key (seq, batch, groups, size)` of any strides, turned into tensors of
-    their own; contiguous `cosine` and `sine (seq, 1, 1, size/2)`."""
+    """`query (seq, batch, heads, size)` and `key (seq, batch, groups, size)` of any strides, rotated into new
+    tensors; `cosine` and `sine (seq, 1, 1, size/2)` are contiguous."""
     query, key = (heads if heads.stride(-1) == 1 else heads.contiguous() for heads in (query, key))
     length, batch, heads, size = query.shape
     groups, half = key.shape[2], size // 2
-    turned = query.new_empty(query.shape), key.new_empty(key.shape)
-    _turn[(length * batch,)](
-        query, key, cosine, sine, *turned, batch, heads, groups, half, *query.stride()[:3], *key.stride()[:3],
+    output = query.new_empty(query.shape), key.new_empty(key.shape)
+    _rotate[(length * batch,)](
+        query, key, cosine, sine, *output, batch, heads, groups, half, *query.stride()[:3], *key.stride()[:3],
         HEADS=triton.next_power_of_2(heads), GROUPS=triton.next_power_of_2(groups), HALF=triton.next_power_of_2(half),
     )  # fmt: skip
-    return turned
+    return output

@@ -20,9 +20,9 @@ class RotaryPositions:
         self.base, self.head_size = base, head_size
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """`query (seq, batch, heads/tp, size)` and `key (seq, batch, groups/tp, size)`, turned."""
-        return _Turn.apply(query, key, *self._up_to(query))
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`query (seq, batch, heads/tp, size)` and `key (seq, batch, groups/tp, size)`, rotated."""
+        return _Rotation.apply(query, key, *self._up_to(query))
 
     def _up_to(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `(seq, 1, 1, size/2)`, in the type and on the device of `like (seq, ...)`."""
@@ -41,28 +41,28 @@ class RotaryPositions:
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
-class _Turn(torch.autograd.Function):
+class _Rotation(torch.autograd.Function):
     """The rotation as an autograd function. It keeps the tables alone: its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cosine, sine)
-        return _turned(query, key, cosine, sine)
+        return _rotated(query, key, cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return *_turned(query, key, cosine, -sine), None, None
+        return *_rotated(query, key, cosine, -sine), None, None
 
 
-def _turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+def _rotated(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     if query.is_cuda:
         from model.layers.pointwise_kernels import rotated
 
         return rotated(query, key, cosine, sine)
-    return _turned_heads(query, cosine, sine), _turned_heads(key, cosine, sine)
+    return _rotated_heads(query, cosine, sine), _rotated_heads(key, cosine, sine)
 
 
-def _turned_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotated_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

@@ -1,1 +1,1 @@
-"""The format of a checkpoint, its commit, and its one reader."""
+"""The format of checkpoints, their writer and their reader."""

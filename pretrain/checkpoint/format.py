@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, as checked data: names, fragments, the manifest, and how tensors are written.
+"""The format of a checkpoint folder as checked data: names, fragments and the manifest; and how tensors are written.
 
     checkpoints/
         latest                                   name of the newest step: for people and scripts, never trusted
@@ -31,7 +31,7 @@ from pretrain.errors import CheckpointError
 
 FORMAT_VERSION = 2
 KEYS = ("master", "exp_avg", "exp_avg_sq")
-"""What is kept of every parameter: the fp32 master and Adam's two moments; of a frozen one the master alone."""
+"""Keys of what is kept of every parameter: the fp32 master and Adam's two moments; of a frozen one the master alone."""
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
@@ -57,12 +57,12 @@ class Fragment:
 
 
 def step_name(step: int) -> str:
-    """Folder of one step's checkpoint."""
+    """Name of the folder of one step's checkpoint."""
     return f"step_{step:09d}"
 
 
 def shard_name(tensor_index: int, process: int) -> str:
-    """File of one process's fragments."""
+    """Name of the file of one process's fragments."""
     return f"shard_{tensor_index:03d}_{process:05d}.safetensors"
 
 
@@ -102,7 +102,7 @@ class ShardRecord(FileRecord):
 
 
 class ParameterRecord(_Record):
-    """`TensorLayout` of one parameter, and whether it is frozen: then it has no moments."""
+    """`TensorLayout` of one parameter, and whether it is frozen; a frozen parameter has no moments."""
 
     shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=8)
     dim: int | None = Field(ge=0)
@@ -131,7 +131,7 @@ class Manifest(_Record):
 
     @property
     def frozen(self) -> set[str]:
-        """Parameters that are kept without moments."""
+        """Names of the frozen parameters, which are kept without moments."""
         return {name for name, record in self.parameters.items() if record.frozen}
 
     @property
@@ -156,7 +156,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """The manifest in `data`; a `CheckpointError` says what is wrong with it."""
+    """The manifest in `data`; `CheckpointError` if it is not valid."""
     try:
         content = decode_json(data)
     except ValueError as error:
@@ -195,7 +195,7 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """The first complaint of pydantic in one line: where and what."""
+    """Pydantic's first complaint in one line: where and what."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
@@ -206,10 +206,11 @@ def check_coverage(
     pieces: Iterable[tuple[int, str, str, int, int]],
     frozen: Collection[str] = (),
 ) -> None:
-    """`pieces` (tensor index, parameter, key, start, length) tile every parameter: no gap, no overlap, nothing else.
+    """CheckpointError unless `pieces` (tensor index, parameter, key, start, length) tile every parameter: no gap, no
+    overlap, nothing else.
 
-    A replicated parameter is kept once, under tensor index 0, a `frozen` one without moments. Nothing is allocated
-    here, and the work is bounded by the number of pieces, whatever shapes are claimed.
+    A replicated parameter is kept once, under tensor index 0; a `frozen` one is kept without moments. Nothing is
+    allocated, and the work is bounded by the number of pieces, whatever shapes are claimed.
     """
     spans: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
     for index, name, key, start, length in pieces:
@@ -249,11 +250,10 @@ def write_tensors(
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Writes `tensors` of this `dtype`, which come in the order of `shapes`, as one safetensors file; its size and
-    checksum.
+    """Writes `tensors` of this `dtype`, in the order of `shapes`, as one safetensors file; its size and checksum.
 
-    One tensor at a time is brought to the host. `safetensors.torch.save_file` would hold host copies of all tensors of
-    a GPU at once, read the file again for the checksum, hide the reason of a failed write and ignore the umask.
+    Tensors are copied to the host one at a time. `safetensors.torch.save_file` would hold host copies of all tensors of
+    a GPU at once, read the file again for the checksum, hide why a write failed, and ignore the umask.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0

@@ -1,7 +1,7 @@
-"""Which checkpoints stay, and how folders go so that a kill never leaves half of one under a valid name.
+"""Removes old checkpoints so that a kill never leaves half of one under a valid name.
 
-The newest `keep` stay, two at least, and every one whose step is a multiple of `keep_every`. Only whole ones count:
-incomplete folders are neither counted nor touched. A folder to be removed is renamed first.
+The newest `keep` stay, two at least, and every one whose step is a multiple of `keep_every`. Incomplete folders are
+neither counted nor touched. A folder is renamed before it is removed.
 """
 
 import os
@@ -17,7 +17,7 @@ from pretrain.resilience import heartbeat
 
 LEFTOVER_PATTERN = re.compile(rf"\.(staging|removed)_step_[0-9]{{9,12}}|\.{LATEST_NAME}\.[0-9]+")
 FEWEST = 2
-"""A single one could turn out damaged."""
+"""Fewest checkpoints that stay: a single one could turn out damaged."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,20 @@ class Retention:
 
     keep: int
     keep_every: int = 0
-    """Those of a step that is a multiple of it stay for good; 0: none."""
+    """Checkpoints whose step is a multiple of it stay for good; 0: none."""
 
     def keeps(self, step: int) -> bool:
         return self.keep_every > 0 and step % self.keep_every == 0
 
 
 def clear_leftovers(root: Path) -> None:
-    """Removes what kills left behind, and brings back an older checkpoint that waits for a new one that never came."""
+    """Removes what kills left behind, and gives a checkpoint that was moved aside for a new one its name back if the
+    new one never came."""
     for path in list(root.iterdir()):
         if LEFTOVER_PATTERN.fullmatch(path.name):
-            _remove_what_goes(path)
+            _try_to_remove(path)
         elif match := ASIDE_PATTERN.fullmatch(path.name):
-            # A kill between the two renames of a commit left the old one aside and no new one.
+            # A kill between the two renames of a commit: the old checkpoint is aside, and there is no new one.
             if (root / match[1]).exists():
                 remove(path)
             else:
@@ -46,7 +47,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def prune(root: Path, step: int, retention: Retention) -> None:
-    """Leaves what `retention` keeps up to `step`. Later ones belong to a history that the run has left."""
+    """Removes checkpoints that `retention` does not keep, and those after `step`, from which the run has gone back."""
     valid = []
     for folder in step_folders(root):
         try:
@@ -62,15 +63,16 @@ def prune(root: Path, step: int, retention: Retention) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Takes a folder out of sight, then removes it."""
+    """Renames a folder so that no reader finds it, then removes it."""
     gone = folder.with_name(f".removed_{folder.name.removeprefix('.replaced_')}")
     os.rename(folder, gone)
     heartbeat.at("save.prune")
-    _remove_what_goes(gone)
+    _try_to_remove(gone)
 
 
-def _remove_what_goes(path: Path) -> None:
-    """What is left, such as files that NFS keeps for whoever has them open, the next save removes."""
+def _try_to_remove(path: Path) -> None:
+    """Removes what can be removed of `path`. The next save removes the rest, such as files that NFS keeps while a
+    process has them open."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -78,7 +80,7 @@ def _remove_what_goes(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder, or a link or file in its place; what a link points to stays."""
+    """Removes a folder, or a link or file in its place, but not what a link points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints, in the foreground or beside the training, and says what each save cost.
+"""Saves a run's checkpoints, in the foreground or beside the training, and reports the cost of each save.
 
     foreground    begin, write, commit: training stands still until the checkpoint is there
     beside        begin, copy this process's fragments into host memory, go on; a thread writes the copy, and when all
@@ -22,10 +22,10 @@ from pretrain.errors import CheckpointError
 from pretrain.resilience import heartbeat
 
 _NO_HOST_MEMORY = "DefaultCPUAllocator"
-"""In what torch says when the host has no memory left; it has no class of its own for that, and raises RuntimeErrors of
-the same class when a device fails."""
+"""Word in torch's message when the host has no memory left. torch raises a plain RuntimeError then, as it does when a
+device fails."""
 Report = Callable[..., None]
-"""`report(kind, step, **facts)`: `Monitor.event`."""
+"""Type of `Monitor.event`: `report(kind, step, **facts)`."""
 
 
 class _Pending:
@@ -47,12 +47,12 @@ class _Pending:
         self.thread.start()
 
     def _run(self, copies: list[Fragment]) -> None:
-        self.write.write(copies)  # which keeps what goes wrong for `commit`
+        self.write.write(copies)  # keeps an error for `commit` to raise
         self.written_seconds = time.perf_counter() - self.began
 
 
 class Saver:
-    """All processes call its methods together."""
+    """Saves the checkpoints of one run; all processes call its methods together."""
 
     def __init__(self, *, beside: bool, failures: int, report: Report) -> None:
         self.beside, self.failures, self.report = beside, failures, report
@@ -63,7 +63,7 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether this process still writes."""
+        """Whether this process still writes its part of a checkpoint."""
         return self._pending is not None and self._pending.thread.is_alive()
 
     def save(
@@ -73,8 +73,8 @@ class Saver:
         *,
         final: bool = False,
     ) -> None:
-        """Saves the present step. `begin` opens what the save needs on the stack, which is closed behind it; a `final`
-        one is there when this returns, or raises."""
+        """Saves the present step. `begin` opens the files that the save needs on an `ExitStack`, which is closed after
+        the save. A `final` save is complete when this method returns; if it fails, the method raises."""
         self.finish()
         start = time.perf_counter()
         resources = ExitStack()
@@ -95,13 +95,13 @@ class Saver:
                 self._succeeded(step, time.perf_counter() - start, written_seconds)
 
     def commit_if_written(self, written: bool) -> None:
-        """Commits what is on its way, when every process has `written` its part."""
+        """Commits the save in progress if there is one; `written`: whether every process has written its part."""
         if self._pending is not None and written:
             self._commit_pending()
 
     def finish(self) -> None:
-        """Waits for what is on its way, and commits it. A write that stands still, as on storage that is gone, winds
-        no watchdog up."""
+        """Waits for the save in progress and commits it. Progress of the write is a heartbeat, so the watchdog ends a
+        write that stands still, as on storage that is gone."""
         if self._pending is None:
             return
         start = time.perf_counter()
@@ -126,7 +126,8 @@ class Saver:
             self._succeeded(pending.write.content.step, stall_seconds, pending.written_seconds)
 
     def _commit(self, write: CheckpointWrite, final: bool) -> bool:
-        """Whether there is a new checkpoint; what fails once it is there is reported and is no failed save."""
+        """Commits a checkpoint; whether it exists now. An error after it exists is reported, but the save did not
+        fail."""
         step = write.content.step
         try:
             write.commit()

@@ -9,10 +9,10 @@ one process writes alone:
              process 0 writes the manifest, checks that nothing is missing, renames the folder            vote
              process 0 moves the `latest` pointer, then removes what need not stay                        vote
 
-`write` needs nobody else and may run beside the training; what goes wrong in it is told by `commit`.
+`write` is no collective and may run beside the training; `commit` raises its errors.
 
-A vote ends either with everybody going on or with everybody raising the same `CheckpointError`. The rename is the
-commit: before it there is no new checkpoint, after it there is one.
+After a vote either all processes go on, or all raise the same `CheckpointError`. The rename is the commit: before it
+there is no new checkpoint, after it there is one.
 """
 
 import errno
@@ -62,7 +62,7 @@ from pretrain.errors import CheckpointError
 from pretrain.resilience import heartbeat
 
 SPACE_MARGIN_BYTES = 2**20
-"""Room for headers and the manifest."""
+"""Bytes for headers and the manifest."""
 
 ADVICE = {
     errno.ENOSPC: "free space there, lower checkpoint.keep, or set run.folder to a larger disk",
@@ -86,7 +86,7 @@ def write_checkpoint(
     extra_files: Mapping[str, Path],
     frozen: Collection[str] = (),
 ) -> Path:
-    """Commits one checkpoint in `root` and returns its folder; `CheckpointWrite` from begin to end."""
+    """Writes and commits one checkpoint in `root`, and returns its folder: all parts of `CheckpointWrite`."""
     content = Content(Path(root), step, layouts, state, tensor_index, tensor_size, extra_files, frozen)
     write = CheckpointWrite(content, retention)
     write.write(fragments)
@@ -95,10 +95,10 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds beside its fragments, and where it goes.
+    """What a checkpoint holds beside its fragments, and the folder `root` in which it is written.
 
-    Parameters named in `frozen` have a master alone. `state` and `extra_files` (name in the checkpoint: source) are
-    taken from process 0.
+    Parameters named in `frozen` have no moments. `state` and `extra_files` (name in the checkpoint: source) are taken
+    from process 0.
     """
 
     root: Path
@@ -120,17 +120,17 @@ class Content:
 
 
 class CheckpointWrite:
-    """One checkpoint on its way. A `CheckpointError` is the same on all processes and leaves what was there."""
+    """One checkpoint in progress. A `CheckpointError` is the same on all processes, and earlier checkpoints stay."""
 
     def __init__(self, content: Content, retention: Retention) -> None:
-        """Begins: all processes call it together."""
+        """Begins the checkpoint; all processes call it together."""
         self.content, self.retention = content, retention
         self._shard: ShardRecord | None = None
         self._failure: Exception | None = None
         self.committed = False
-        """The checkpoint is there, whatever fails afterwards."""
+        """Whether the checkpoint exists, whatever fails afterwards."""
         self.fragments_written = 0
-        """Fragments of this process whose numbers the file system has taken: a write that goes on counts up."""
+        """Count of this process's fragments that are written, which shows that a write goes on."""
         self._outcome = f"the checkpoint of step {content.step} was not saved, earlier ones are as they were"
         facts = gather((content.step, content.tensor_size, _digest(content.layouts)))
         with self._cleaned_up(), _vote(self._outcome, content.root):
@@ -146,12 +146,12 @@ class CheckpointWrite:
                 heartbeat.at("save.staging", self.content.step)
 
     def fail(self, error: Exception) -> None:
-        """What went wrong before `write`; told by `commit`, to everybody."""
+        """Notes an error from before `write`, which `commit` then raises on all processes."""
         self._failure = error
 
     def write(self, fragments: Iterable[Fragment]) -> None:
-        """Writes this process's fragments, which are read once. Of replicated parameters those of tensor index 0
-        count."""
+        """Writes this process's fragments, which are iterated once. Of replicated parameters only those of tensor index
+        0 are written."""
         try:
             self._shard = _write_shard(self.content, fragments, self._count_fragment)
             heartbeat.at("save.written", self.content.step)
@@ -162,8 +162,8 @@ class CheckpointWrite:
         self.fragments_written += 1
 
     def commit(self) -> Path:
-        """All processes call it together, each after its `write`. Afterwards the folder holds the new checkpoint and
-        the earlier ones that `retention` keeps."""
+        """Commits the checkpoint and returns its folder; all processes call it together, each after its `write`.
+        Earlier checkpoints stay as far as `retention` keeps them."""
         content, first = self.content, process_number() == 0
         with self._cleaned_up():
             with _vote(self._outcome, content.staging):
@@ -175,7 +175,7 @@ class CheckpointWrite:
                     extra = [_copy(source, content.staging / name) for name, source in content.extra_files.items()]
                     written = [record for record in shards if record is not None]
                     write_blocks(content.staging / MANIFEST_NAME, [_manifest(content, written, extra)])
-                    read_manifest(content.staging)  # what the reader would refuse is not committed
+                    read_manifest(content.staging)  # raises if the reader would refuse the checkpoint
                     heartbeat.at("save.manifest", self.content.step)
                     aside = _aside(content.target)
                     commit_folder(content.staging, content.target, aside, partial(heartbeat.at, "save.aside"))
@@ -196,13 +196,14 @@ class CheckpointWrite:
             yield
         except CheckpointError:
             if process_number() == 0:
-                # The reason of the failure must not be lost to a second one; the next save clears what stays behind.
+                # A second error must not hide the first; the next save clears what is left.
                 shutil.rmtree(self.content.staging, ignore_errors=True)
             raise
 
 
 def _vote(outcome: str, folder: Path) -> AbstractContextManager[None]:
-    """Runs its body on all processes; where it failed on one, all raise the first one's error in the same words."""
+    """Runs its body on all processes. If it failed on any, all raise the error of the first that failed, in the same
+    words."""
 
     def explained(error: Exception) -> CheckpointError:
         process, reason = process_number(), _reason(error, folder)
@@ -212,7 +213,7 @@ def _vote(outcome: str, folder: Path) -> AbstractContextManager[None]:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """What went wrong and what to do about it, for people."""
+    """What went wrong and what to do about it, in words."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -231,7 +232,7 @@ def _check_arguments(content: Content, retention: Retention) -> None:
 
 
 def _digest(layouts: Mapping[str, TensorLayout]) -> str:
-    """Short for all parameters and their layouts."""
+    """Checksum of all parameters' names and layouts."""
     return xxhash.xxh3_64_hexdigest(repr(sorted((name, repr(layout)) for name, layout in layouts.items())).encode())
 
 
@@ -258,7 +259,7 @@ def _manifest(content: Content, shards: list[ShardRecord], extra_files: list[Fil
 
 
 def _prepare(content: Content) -> None:
-    """Clears leftovers, looks for enough room, and makes the staging folder."""
+    """Clears leftovers, checks that there is enough room, and makes the staging folder."""
     root, extra_files = content.root, content.extra_files
     for name in extra_files:
         if not re.fullmatch(FILE_PATTERN, name):
@@ -275,7 +276,7 @@ def _prepare(content: Content) -> None:
             f"{root} has {free_bytes / 1e9:.3f} GB free and a checkpoint takes {needed_bytes / 1e9:.3f} GB: "
             f"{ADVICE[errno.ENOSPC]}"
         )
-    if content.staging.exists():  # left by a kill, and not all of it would go
+    if content.staging.exists():  # left by a kill, and could not be removed
         remove(content.staging)
     content.staging.mkdir()
 
@@ -283,7 +284,7 @@ def _prepare(content: Content) -> None:
 def _write_shard(
     content: Content, fragments: Iterable[Fragment], count_fragment: Callable[[], None]
 ) -> ShardRecord | None:
-    """Writes this process's file, unless it owns nothing; `count_fragment` is called behind each fragment."""
+    """Writes this process's file, unless it owns nothing; calls `count_fragment` after each fragment."""
     staging, layouts, tensor_index = content.staging, content.layouts, content.tensor_index
     if not staging.is_dir():
         raise CheckpointError(
@@ -317,7 +318,7 @@ def _write_shard(
 
 
 def _in_fp32(tensors: Collection[Tensor], step: int, count_fragment: Callable[[], None]) -> Iterator[Tensor]:
-    """One at a time: fp32 copies of all frozen weights of a 16-bit run would be twice its model."""
+    """The tensors in fp32, one at a time: copies of all frozen weights of a 16-bit run would be twice its model."""
     for number, values in enumerate(tensors):
         if number == len(tensors) // 2:
             heartbeat.at("save.shard", step)
@@ -333,5 +334,5 @@ def _copy(source: Path, target: Path) -> FileRecord:
 
 
 def _aside(target: Path) -> Path:
-    """Where a checkpoint waits while a new one of the same step takes its place."""
+    """Path of a checkpoint that is moved aside while a new one of the same step takes its place."""
     return target.with_name(f".replaced_{target.name}")

@@ -45,15 +45,15 @@ class DataConfig(BaseModel):
 
     @property
     def shares(self) -> str:
-        """`split`, or what it is by itself."""
+        """`split`, or its default if it is not set."""
         return self.split or (WITHOUT_HELD_OUT if self.validation else DEFAULT_SPLIT)
 
     def weights(self) -> dict[str, float]:
-        """The corpora to train on, by prefix."""
+        """Weights of the corpora to train on, by prefix."""
         return dict(self.blend) if self.blend is not None else {str(self.prefix): 1.0}
 
     def prefixes(self) -> list[str]:
-        """All corpora, each once."""
+        """Prefixes of all corpora, each once."""
         return list(dict.fromkeys([*self.weights(), *self.validation.values()]))
 
     @field_validator("split")

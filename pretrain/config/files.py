@@ -1,7 +1,7 @@
-"""Reading a run's settings: YAML files, their bases, overrides from the command line, and what to say about a mistake.
+"""Reads a run's settings: YAML files, the files they extend, overrides from the command line; and explains mistakes.
 
-Everything here works on plain mappings and on any pydantic model; which settings exist is `pretrain/config/run.py`'s
-business.
+Everything here works on plain mappings and on any pydantic model. The settings themselves are declared in
+`pretrain/config/run.py`.
 """
 
 import difflib
@@ -92,7 +92,7 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a settings file, which is small."""
+    """The text of a settings file; ConfigError if it is too large for one."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -108,7 +108,10 @@ def read_text(path: Path) -> str:
 
 
 def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over that of the file it extends; `above`: the files that extend this one."""
+    """The mapping in a YAML file, laid over that of the file it extends.
+
+    `above`: the files that extend this one, to find cycles.
+    """
     resolved = path.resolve()
     if resolved in above:
         chain = " -> ".join(file.name for file in (*above, resolved))
@@ -160,7 +163,8 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def nearest_setting(unknown: str, model: type[BaseModel]) -> str | None:
-    """The known setting that `unknown` most likely means: the same key of another section, or the closest spelling."""
+    """The setting that `unknown` most likely means: the same key of another section, or the closest spelling; or
+    None."""
     names = list(setting_names(model))
     key = unknown.rpartition(".")[2]
     elsewhere = [name for name in names if name.rpartition(".")[2] == key]
@@ -169,7 +173,8 @@ def nearest_setting(unknown: str, model: type[BaseModel]) -> str | None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake in a validation error, as one sentence; a misspelt key counts before what is then missing."""
+    """The first mistake in a validation error, as one sentence. A misspelt key comes before the keys that are then
+    missing."""
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -197,7 +202,7 @@ def with_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, without duplicate keys and numbers that are not finite."""
+    """The object in a JSON file; duplicate keys and numbers that are not finite are refused."""
     try:
         return decode_json(read_text(path))
     except ValueError as error:

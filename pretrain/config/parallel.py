@@ -44,7 +44,7 @@ def check_tensor_split(model: ModelConfig, tensor: int) -> None:
 def lay_out(
     model: ModelConfig, processes: int, tensor: int, micro_batch: int, global_batch: int, ramp: BatchRamp | None
 ) -> Layout:
-    """The layout on `processes` processes, or a ConfigError with the arithmetic that does not come out even."""
+    """The layout on `processes` processes; ConfigError, with the numbers, if the run does not divide evenly."""
     if processes % tensor:
         raise ConfigError(
             f"{processes} processes do not divide into groups of parallel.tensor {tensor}: "

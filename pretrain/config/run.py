@@ -167,7 +167,7 @@ class CheckpointConfig(_Section):
 
 
 class GuardConfig(_Section):
-    """When a run turns back, gives up, or is taken for stuck."""
+    """When a run rolls back, gives up, or counts as stuck."""
 
     skips: int = Field(
         40, ge=1, description="steps in a row without a finite gradient, after which guard.on_skips happens"
@@ -276,7 +276,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _compiled_layers_are_whole(self) -> "RunConfig":
-        """A layer's graph holds no hooks of ZeRO 3, collectives in flight, second passes and seeds of masks."""
+        """ValueError if layers are compiled together with what a layer's graph cannot hold: hooks of ZeRO 3,
+        collectives in flight, recomputation and seeds of dropout masks."""
         model, train = self.model, self.train
         whole = model.parametrization == "factored" and model.factored_layers == "all"
         needs = (
@@ -307,7 +308,7 @@ class RunConfig(_Section):
         return self.model_copy(update={"model": self.model.model_copy(update={"bidirectional": True})})
 
     def layout(self, processes: int) -> Layout:
-        """The split over `processes` processes, or a ConfigError that shows what does not divide."""
+        """The split over `processes` processes; ConfigError, with the numbers, if the run does not divide evenly."""
         return lay_out(
             self.model,
             processes,
@@ -318,7 +319,7 @@ class RunConfig(_Section):
         )
 
     def samples_at_end(self, step: int, consumed: int) -> int:
-        """Sequences consumed at the end by a run that has `consumed` behind it at `step`, whatever its batches were."""
+        """Sequences consumed at the end by a run that has consumed `consumed` at `step`, whatever its batches were."""
         train = self.train
         end, now = (samples_before(moment, train.global_batch, train.batch_ramp) for moment in (train.steps, step))
         return consumed + end - now
@@ -361,7 +362,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def check_same_architecture(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """ConfigError if a checkpoint's model section (`state["model"]`) is another model than that of `config`."""
+    """ConfigError if a checkpoint's model section (`state["model"]`) describes another model than `config`."""
     differing = differing_architecture(saved, config)
     if differing:
         raise ConfigError(
@@ -370,10 +371,11 @@ def check_same_architecture(saved: Mapping[str, Any], config: RunConfig) -> None
 
 
 def differing_architecture(saved: Mapping[str, Any], config: RunConfig, *free: str) -> str:
-    """What makes a saved model section another model than that of `config`, in words; empty if nothing does.
+    """The differences, in words, between a saved model section and the model of `config`; empty if they are the same
+    model.
 
-    Dropout, the initial scale and the keys in `free` may change, a vocabulary that is still to be read from the
-    tokenizer is not compared, ranks are the saved model's own, and a setting younger than it had its default.
+    Dropout, the initial scale and the keys in `free` may differ. A vocabulary that is still to be read from the
+    tokenizer is not compared, and neither are ranks. A setting that is missing in the saved section had its default.
     """
     present, saved = _with_widths(config.model.model_dump()), _with_widths(ModelConfig().model_dump() | dict(saved))
     ignored = {"attention_dropout", "hidden_dropout", "initial_std", *free}
@@ -387,6 +389,6 @@ def differing_architecture(saved: Mapping[str, Any], config: RunConfig, *free: s
 
 
 def _with_widths(section: dict[str, Any]) -> dict[str, Any]:
-    """A model section with the widths that its zeros stand for: 0 and the width itself are the same architecture."""
+    """A model section with the widths that its zeros stand for, since 0 and that width are the same architecture."""
     model = ModelConfig.model_construct(**{key: section[key] for key in ModelConfig.model_fields})
     return section | {"ffn": model.ffn_width, "query_groups": model.groups}

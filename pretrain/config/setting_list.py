@@ -22,10 +22,10 @@ _REFERENCE = "#/$defs/"
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as people read it."""
+    """One setting, as text for people."""
 
     name: str
-    """`section.key`; `section.key[].inner` inside a list."""
+    """Full name: `section.key`, or `section.key[].inner` inside a list."""
     kind: str
     default: str
     description: str
@@ -53,8 +53,8 @@ def sections() -> list[Section]:
 
 
 def editor_schema() -> dict[str, Any]:
-    """JSON schema of a config file. A file may leave out what its base or the command line gives: only the parts of a
-    list's entries are required."""
+    """JSON schema of a config file. Only the keys of a list's entries are required: anything else may come from the
+    file's base or from the command line."""
     schema = RunConfig.model_json_schema()
     entries = {_name(field["items"]) for model in schema["$defs"].values() for field in _lists(model)}
     for name, model in schema["$defs"].items():
@@ -67,14 +67,14 @@ def editor_schema() -> dict[str, Any]:
 
 
 def commented(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back, what a setting does above each."""
+    """The resolved config as YAML that `load_config` reads back; a comment above each setting says what it does."""
     values = config.model_dump(mode="json")
     blocks = []
     for section in sections():
         lines = [*_comment(section.description, ""), f"{section.name}:"]
         for setting in section.settings:
             key = setting.name.removeprefix(f"{section.name}.")
-            if key in values[section.name]:  # and not part of another setting
+            if key in values[section.name]:  # else it is part of another setting
                 lines += _comment(setting.description, "  ")
                 text = yaml.safe_dump({key: values[section.name][key]}, sort_keys=False, width=WIDTH)
                 lines.append(textwrap.indent(text.rstrip("\n"), "  "))
@@ -83,7 +83,7 @@ def commented(config: RunConfig) -> str:
 
 
 def print_config(config: RunConfig) -> None:
-    """Shows the resolved config."""
+    """Prints the resolved config."""
     print(commented(config), end="")
 
 

@@ -1,1 +1,1 @@
-"""Out of and into the low-rank world: consolidated folders, imports, exports."""
+"""Converts models from and to other forms: consolidated folders, imports, exports."""

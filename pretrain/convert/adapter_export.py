@@ -3,8 +3,8 @@
     base/       Hugging Face folder of W0 with the trained embeddings, norms and biases
     adapter/    adapter_config.json, adapter_model.safetensors: the factors, in fp32
 
-Embeddings, norms and biases are no part of an adapter, so the base holds them as they were trained: it is a base of its
-own, not the model that was imported, unless the run trained factors alone (`model.trained=factors`).
+Embeddings, norms and biases are no part of an adapter, so the base holds the trained ones. It is therefore not the
+model that was imported, unless the run trained factors alone (`model.trained=factors`).
 """
 
 import json
@@ -62,7 +62,7 @@ def write_adapter_export(
 
 
 def _shapes(consolidated: ConsolidatedModel) -> dict[str, tuple[int, ...]]:
-    """Without reading a factor."""
+    """Shapes of the adapter's tensors, without reading a factor."""
     shapes = parameter_shapes(consolidated.config, consolidated.ranks)
     tensors = adapter_tensors(consolidated.config, lambda name: torch.empty(shapes[name], device="meta"))
     return {name: tuple(tensor.shape) for name, tensor in tensors}

@@ -1,4 +1,4 @@
-"""One model in one folder: what is left of a checkpoint when layout, optimizer and run are taken away.
+"""One model in one folder: a checkpoint without parallel layout, optimizer and run.
 
     model.safetensors            fp32 logical tensors by name; or model-00001-of-00003.safetensors ... and
                                  model.safetensors.index.json, which says which file holds which tensor
@@ -57,7 +57,7 @@ class Facts(BaseModel):
 
     @model_validator(mode="after")
     def _history_is_whole(self) -> "Facts":
-        """As far as it is shown; the rest is kept as it is."""
+        """Checks the parts of the history that are shown; the rest is kept as it is."""
         for key in ("step", "consumed_tokens"):
             if not _is_count(self.train.get(key)):
                 raise ValueError(f"{key} in train is {self.train.get(key)!r} and not a number from 0 on")
@@ -79,7 +79,7 @@ class Index(BaseModel):
 
 
 def check_model(config: ModelConfig, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The tensors are those of a model of this architecture and these ranks; else `CheckpointError`."""
+    """`CheckpointError` unless the tensors are those of a model of this architecture and these ranks."""
     if config.layers > len(shapes):  # before a table of that size is made
         raise CheckpointError(f"there are {len(shapes)} tensors, which is too few for {config.layers} layers")
     names = [projection.name for projection in factored_projections(config)]
@@ -118,7 +118,8 @@ def facts_of(reader: CheckpointReader) -> Facts:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Nothing but an earlier consolidated model, and that only if the user says so, is ever replaced."""
+    """CheckpointError if `output` holds anything but an earlier consolidated model, or holds one and `overwrite` is
+    false."""
     if not os.path.lexists(output):
         return
     if output.is_symlink() or not output.is_dir():
@@ -141,7 +142,8 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def plan_files(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """Which file holds which tensors: in order, as many as fit into `max_shard_bytes`, and at least one."""
+    """Names of the tensors of each file, by file name: in order, as many as fit into `max_shard_bytes`, at least
+    one."""
     groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -165,8 +167,8 @@ def write_consolidated(
 ) -> None:
     """Writes the fp32 masters as one model into `output`, which appears only when it is complete.
 
-    A file holds at most `max_shard_bytes` of numbers (a single larger tensor gets one of its own). `on_parameter` is
-    told each name after it was written. The reader's checksums are the caller's to verify.
+    A file holds at most `max_shard_bytes` of numbers; a single larger tensor gets a file of its own. `on_parameter` is
+    called with each name after the tensor was written. The caller verifies the reader's checksums.
     """
     output = Path(output)
     check_output(output, overwrite)
@@ -192,8 +194,8 @@ def write_model(
     tensors: Iterator[Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """Fills the empty `folder`; `tokenizer` are its files by name, `tensors` come in fp32, in the order of
-    `shapes`, and are taken one at a time."""
+    """Fills the empty `folder`. `tokenizer`: the tokenizer's files by name; `tensors`: in fp32 and in the order of
+    `shapes`, taken one at a time."""
     files = plan_files({name: FP32_BYTES * prod(shape) for name, shape in shapes.items()}, max_shard_bytes)
     for file, names in files.items():
         write_tensors(folder / file, {name: shapes[name] for name in names}, islice(tensors, len(names)))
@@ -212,8 +214,8 @@ def write_model(
 
 
 def weight_files(folder: Path, pattern: re.Pattern[str]) -> dict[str, set[str] | None]:
-    """The weight files of a folder and, where there is an index, the tensors each must hold; names that the index gives
-    must be of `pattern`."""
+    """The weight files of a folder, each with the tensors that it must hold by the index, or None without an index.
+    File names in the index must match `pattern`."""
     path = folder / INDEX_NAME
     if not path.exists():
         return {WEIGHTS_NAME: None}
@@ -269,7 +271,7 @@ class ConsolidatedModel:
             raise CheckpointError(f"{self.folder} contradicts itself: {error}") from error
 
     def check_causal(self) -> None:
-        """CheckpointError if this is a masked model, which nothing that generates or exports can use."""
+        """CheckpointError if this is a masked model, which cannot generate text or be exported."""
         if self.config.bidirectional:
             raise CheckpointError(
                 f"{self.folder} was trained with train.objective=mlm: it attends in both directions and cannot "
@@ -279,16 +281,16 @@ class ConsolidatedModel:
 
     @property
     def names(self) -> list[str]:
-        """All parameters."""
+        """Names of all parameters."""
         return list(self.shapes)
 
     @property
     def parameters(self) -> int:
-        """Numbers in all of them."""
+        """Count of numbers in all parameters."""
         return sum(prod(shape) for shape in self.shapes.values())
 
     def read(self, name: str) -> Tensor:
-        """A parameter `(full shape)`, fp32 and in memory of its own."""
+        """A whole parameter, fp32, in memory of its own."""
         if name not in self._handles:
             raise CheckpointError(f"{self.folder} holds no parameter {name}")
         return self._handles[name].get_tensor(name).clone()

@@ -1,6 +1,6 @@
-"""What tells an export of ours from any other folder, so that replacing it never removes somebody's files.
+"""Marks our exports, so that replacing one never removes somebody's files.
 
-An export holds `espalier.json` with its kind and the list of its files; a folder that holds anything else is not ours.
+An export holds `espalier.json` with its kind and the list of its files. A folder that holds any other file is not ours.
 """
 
 import shutil
@@ -14,11 +14,11 @@ from pretrain.errors import CheckpointError
 DENSE_EXPORT, ADAPTER_EXPORT = "dense_export", "adapter_export"
 TITLES = {DENSE_EXPORT: "a dense export", ADAPTER_EXPORT: "an adapter export"}
 _SPARE_BYTES = 64 * 2**20
-"""Room for settings, tokenizer and headers."""
+"""Bytes for settings, tokenizer and headers."""
 
 
 def read_marker(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The facts of an earlier export of this kind in `folder`, or None when it is none."""
+    """The facts of an earlier export of this kind in `folder`; None if there is none."""
     path = folder / FACTS_NAME
     if not path.is_file():
         return None
@@ -34,14 +34,14 @@ def files_below(folder: Path) -> list[str]:
 
 
 def check_source(source: Path) -> None:
-    """CheckpointError if a user gives what an export tool has written, and it wants a consolidated model."""
+    """CheckpointError if `source`, which should be a consolidated model, was written by an export tool."""
     for kind, title in TITLES.items():
         if read_marker(source, kind) is not None:
             raise CheckpointError(f"{source} is {title} already: give a consolidated model as --input")
 
 
 def check_output(output: Path, source: Path, kind: str, *, overwrite: bool) -> None:
-    """Refuses a target that is not ours to write."""
+    """An `EspalierError` if the export must not be written to `output`."""
     title = TITLES[kind]
     if output == source or source.is_relative_to(output) or output.is_relative_to(source):
         raise CheckpointError(f"--output {output} and --input {source} lie inside each other: choose another --output")

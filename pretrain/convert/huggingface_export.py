@@ -1,7 +1,7 @@
-"""Writes a Hugging Face folder out of a consolidated model, and compares what it computes with the factored model.
+"""Writes a consolidated model as a Hugging Face folder, and compares the logits of the two.
 
-The weights are streamed: shapes are known beforehand, so a file's header comes first, and then one product W = B A at a
-time is computed in fp32, rounded and written. The written folder is then loaded with transformers and compared with
+The weights are streamed: shapes are known beforehand, so a file's header is written first. Then one product W = B A at
+a time is computed in fp32, rounded and written. The written folder is then loaded with transformers and compared with
 the model that was trained.
 """
 
@@ -40,12 +40,12 @@ def dense_bytes(consolidated: ConsolidatedModel, dtype: torch.dtype) -> int:
 def write_dense_export(
     consolidated: ConsolidatedModel, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    """Writes weights, settings and tokenizer of the whole model into `folder`, which is there and empty."""
+    """Writes weights, settings and tokenizer of the whole model into the empty `folder`."""
     write_huggingface_folder(dense_source(consolidated), folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def write_huggingface_folder(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """Writes a dense model into `folder`, which is there and empty.
+    """Writes a dense model into the empty `folder`.
 
     A sentencepiece model goes along: transformers reads tokenizer.json beside it, and an import needs it.
     """
@@ -94,7 +94,7 @@ def compare_with_export(consolidated: ConsolidatedModel, folder: Path, *, dtype:
 
 
 def _rounded(names: list[str], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensors of one file, taken off `tensors`, which has them in the same order."""
+    """The tensors `names` of one file in `dtype`, taken from `tensors`, which yields them in the same order."""
     for name in names:
         found, tensor = next(tensors)
         if found != name:

@@ -1,8 +1,8 @@
-"""Reads a model to start from as a dense one of ours: a Hugging Face folder, or a consolidated folder of any kind.
+"""Reads a model to start from as a dense one of ours, from a Hugging Face folder or any consolidated folder.
 
-A Hugging Face folder was written by others. Nothing of it is run or unpickled: `config.json` is data, weights come from
-safetensors files alone, and names, shapes and types in their headers are compared with the settings before anything is
-read. Then one weight at a time is read, in fp32 whatever the stored type.
+A Hugging Face folder was written by others. Nothing in it is run or unpickled: `config.json` is data, and weights come
+from safetensors files alone. Names, shapes and types in their headers are compared with the settings before a weight is
+read. Then weights are read one at a time, in fp32 whatever the stored type.
 """
 
 import os
@@ -51,9 +51,9 @@ _BUFFERS = re.compile(
 
 
 def open_source(folder: Path, *, sequence_length: int | None = None, tokenizer: Path | None = None) -> DenseSource:
-    """The model in `folder`, checked; `CheckpointError` in one sentence if it is none that can be imported.
+    """The model in `folder`, checked; `CheckpointError` if it cannot be imported.
 
-    `sequence_length` changes the longest sequence; `tokenizer` is one in place of the folder's.
+    `sequence_length`: another longest sequence; `tokenizer`: a file to use in place of the folder's tokenizer.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: give the folder of a model as --input")
@@ -74,10 +74,13 @@ def _consolidated_source(folder: Path, sequence_length: int | None, tokenizer: P
 
 
 def huggingface_settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The content of `config.json` and the dense model it describes; `CheckpointError` if that is no model of ours, or
-    if it leads transformers to anything but its own code and the folder's safetensors weights."""
+    """The content of `config.json` and the dense model it describes.
+
+    Raises `CheckpointError` if that is no model of ours, or if it would make transformers use anything but its own code
+    and the folder's safetensors weights.
+    """
     path = folder / SETTINGS_NAME
-    settings = read_json(path.resolve(), FACTS_LIMIT_BYTES)  # as a link in a cache
+    settings = read_json(path.resolve(), FACTS_LIMIT_BYTES)  # in a cache it is a link
     if os.path.lexists(folder / ADAPTER_NAME):
         raise CheckpointError(
             f"{folder} holds an adapter beside its model ({ADAPTER_NAME}), which transformers would add: merge it into "
@@ -117,7 +120,7 @@ def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Pa
 
 
 def _of_length(source: DenseSource, length: int | None) -> DenseSource:
-    """With another longest sequence: rotary positions have no end, a table of positions is cut."""
+    """The model with the longest sequence `length`: rotary positions have no limit, a table of positions is cut."""
     config, positions = source.config, source.config.sequence_length
     if length is None or length == positions:
         return source
@@ -133,7 +136,7 @@ def _of_length(source: DenseSource, length: int | None) -> DenseSource:
 
 
 def _fitting_tokenizer(folder: Path, config: ModelConfig, path: Path | None) -> Tokenizer:
-    """The tokenizer whose ids the embedding has; published models often have some rows more."""
+    """The tokenizer, whose ids must be rows of the embedding; published models often have more rows than ids."""
     path = path or _own_tokenizer(folder)
     if not path.exists():
         raise CheckpointError(
@@ -150,19 +153,19 @@ def _fitting_tokenizer(folder: Path, config: ModelConfig, path: Path | None) -> 
 
 
 def _own_tokenizer(folder: Path) -> Path:
-    """The folder's; of a sentencepiece model and its JSON form the model, if text comes back from it."""
+    """The folder's tokenizer file. If there are a sentencepiece model and its JSON form, the model, if it is exact."""
     model, other = folder / MODEL_NAME, folder / JSON_NAME
     return other if other.is_file() and not (model.is_file() and is_exact(model)) else model
 
 
 class _Weights:
-    """The safetensors files of a Hugging Face folder; only their headers are read at first."""
+    """The safetensors files of a Hugging Face folder; opening them reads only their headers."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._handles: dict[str, Any] = {}
         self._stored: dict[str, str] = {}
-        """The name in the files by the name in the table."""
+        """Names in the files, by names in the table."""
         self._refuse_pickled()
         for file, names in weight_files(folder, _WEIGHT_FILE).items():
             handle = _open(folder / file)
@@ -174,7 +177,7 @@ class _Weights:
                 raise CheckpointError(f"{folder / file} does not hold the tensors that {INDEX_NAME} names")
 
     def _refuse_pickled(self) -> None:
-        """CheckpointError if there are no safetensors weights at all."""
+        """CheckpointError if the folder has no safetensors weights."""
         folder = self._folder
         if (folder / INDEX_NAME).is_file() or (folder / WEIGHTS_NAME).is_file():
             return
@@ -187,7 +190,7 @@ class _Weights:
         raise CheckpointError(f"{folder} holds no {WEIGHTS_NAME}: give a folder with safetensors weights as --input")
 
     def check(self, config: ModelConfig, tied: bool) -> None:
-        """The tensors are those of a model of these settings, in names, shapes and types."""
+        """CheckpointError unless names, shapes and types of the tensors are those of a model of these settings."""
         if config.layers > len(self._handles):  # before a table of that size is made
             raise CheckpointError(
                 f"{self._folder} holds {len(self._handles)} tensors, and its {SETTINGS_NAME} asks for {config.layers} "
@@ -223,7 +226,7 @@ class _Weights:
                 )
 
     def _unite_tied(self, config: ModelConfig, present: set[str]) -> None:
-        """A tied output layer may be stored or not; either way the embedding has its numbers."""
+        """Accepts a tied output layer that is stored or not; either way the embedding holds its numbers."""
         words = self._stored[WORD_EMBEDDINGS[config.family]]
         if OUTPUT_LAYER in present and words in present:
             if not self.tensor(OUTPUT_LAYER).equal(self.tensor(words)):
@@ -240,7 +243,7 @@ class _Weights:
         return self._handles[stored_name].get_tensor(stored_name)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of a name in the table; `check` must have been called."""
+        """The tensor with this name in the table; call `check` before."""
         return self.tensor(self._stored[name])
 
 
@@ -255,7 +258,7 @@ def _open(path: Path) -> Any:
 
 
 def source_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """What the model in `folder` says to `tokens (sequences, length)`, computed by its own library."""
+    """Logits of the model in `folder` for `tokens (sequences, length)`, computed by transformers."""
     if (folder / SETTINGS_NAME).is_file():
         return transformers_logits(load_transformers(folder, foreign=True), tokens)
     return training_logits(ConsolidatedModel(folder), tokens)

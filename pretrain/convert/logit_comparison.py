@@ -1,4 +1,4 @@
-"""Two models, the same tokens: what an import or export must pass before it gets its name.
+"""Compares the logits of two models: the test that an import or export must pass before it gets its name.
 
     max |theirs - ours|  ≤  tolerance · scale,     scale = max |ours - its mean|
 
@@ -28,17 +28,17 @@ from pretrain.errors import CheckpointError
 from pretrain.tokenizer.load import open_tokenizer
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.01}
-"""Largest difference of a logit, in units of the logits' scale: some four times and more of what random models of 2 to
-24 layers give, which is 4e-6, 0.02 and 0.002. A tensor out of place gives about 1."""
+"""Largest allowed difference of a logit, in units of the logits' scale. Random models of 2 to 24 layers give 4e-6, 0.02
+and 0.002, so the limits are at least four times as high. A tensor out of place gives about 1."""
 
 _SEQUENCES = 2
 _MOST_LOGITS = 2**26
-"""The comparison takes as long sequences as keep one model's logits under 256 MiB."""
+"""Most logits of one model in a comparison, 256 MiB in fp32: longer sequences are cut."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models said to the same tokens."""
+    """How far the logits of two models differ on the same tokens."""
 
     difference: float
     """Largest absolute difference of a logit."""
@@ -54,11 +54,11 @@ class Comparison:
         return self.difference / self.scale if self.difference else 0.0
 
     def within(self, tolerance: float) -> bool:
-        """Written so that NaN, which compares as false, is not."""
+        """Whether the difference is within `tolerance` times the scale; False for NaN."""
         return self.difference <= tolerance * self.scale
 
     def facts(self, tolerance: float) -> dict[str, Any]:
-        """For the marker of an export."""
+        """Facts for the marker of an export."""
         return {
             "largest_logit_difference": self.difference,
             "logit_scale": self.scale,
@@ -71,7 +71,7 @@ class Comparison:
 
 
 def compare_logits(ours: Tensor, theirs: Tensor) -> Comparison:
-    """Of logits `(sequences, length, vocabulary)`."""
+    """Compares logits `(sequences, length, vocabulary)` of two models on the same tokens."""
     return Comparison(
         difference=(theirs - ours).abs().max().item(),
         scale=(ours - ours.mean(-1, keepdim=True)).abs().max().item(),
@@ -94,14 +94,14 @@ def comparison_tokens(consolidated: ConsolidatedModel) -> Tensor:
 
 @torch.no_grad()
 def training_logits(consolidated: ConsolidatedModel, tokens: Tensor) -> Tensor:
-    """`(sequences, length, vocabulary)` of our own model; it is gone from memory afterwards."""
+    """Logits `(sequences, length, vocabulary)` of our own model, which is freed afterwards."""
     with single_process():
         return _logits(load_model(consolidated), tokens)
 
 
 @torch.no_grad()
 def dense_logits(source: DenseSource, tokens: Tensor) -> Tensor:
-    """`(sequences, length, vocabulary)` of what was read, in our dense model, before anything is made of it."""
+    """Logits `(sequences, length, vocabulary)` of `source` in our dense model, before it is converted."""
     with single_process():
         model = build_model(source.config, {}, seed=0)
         for name, parameter in model.named_parameters():
@@ -116,10 +116,11 @@ def _logits(model: EspalierModel, tokens: Tensor) -> Tensor:
 
 
 def load_transformers(folder: Path, *, foreign: bool = False, in_memory: bool = False) -> torch.nn.Module:
-    """What transformers makes of a folder; `CheckpointError` if it does not find all weights there, or more than those
-    in a folder that is not `foreign`: old ones of others hold constants as well.
+    """The model that transformers loads from a folder.
 
-    Unless `in_memory`, accelerate reads a module's weights when the module runs, and lets go of them.
+    Raises `CheckpointError` if weights are missing, or if there are weights too many. A `foreign` folder may have more:
+    old versions of transformers stored constants as well. Unless `in_memory`, accelerate reads a module's weights when
+    the module runs, and frees them afterwards.
     """
     place = None if in_memory else {"": "disk"}
     try:
@@ -132,7 +133,7 @@ def load_transformers(folder: Path, *, foreign: bool = False, in_memory: bool = 
             output_loading_info=True,
             device_map=place,
         )
-    except Exception as error:  # whatever a setting of others leads to inside transformers
+    except Exception as error:  # whatever a foreign setting leads to inside transformers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     # transformers fills what it misses with random numbers and goes on.
@@ -145,7 +146,7 @@ def load_transformers(folder: Path, *, foreign: bool = False, in_memory: bool = 
 
 @torch.no_grad()
 def transformers_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """`(sequences, length, vocabulary)`, computed on the CPU: there weights come from disk."""
+    """Logits `(sequences, length, vocabulary)` of `model`, computed on the CPU, where weights come from disk."""
     return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()
 
 

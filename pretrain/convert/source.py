@@ -14,19 +14,19 @@ from pretrain.tokenizer.load import open_tokenizer
 
 @dataclass(frozen=True)
 class DenseSource:
-    """Settings, weights and tokenizer."""
+    """Settings, weights and tokenizer of a dense model."""
 
     config: ModelConfig
-    """Of the dense model."""
+    """Settings of the dense model."""
     read: TensorReader
-    """Gives a tensor of the dense model in fp32."""
+    """Reads a tensor of the dense model, in fp32, by name."""
     tokenizer: Tokenizer
     notes: tuple[str, ...] = ()
-    """What a user should know about what was made of the original."""
+    """Sentences for the user about how the model differs from the original."""
 
 
 def dense_source(consolidated: ConsolidatedModel) -> DenseSource:
-    """The dense model that computes the same: factors are multiplied out."""
+    """The dense model that computes the same as the factored one: factors are multiplied out."""
 
     def read(name: str) -> Tensor:
         return dense_tensor(consolidated.config, consolidated.ranks, consolidated.read, name)

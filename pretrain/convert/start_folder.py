@@ -1,6 +1,6 @@
-"""Writes a consolidated folder that a run can start from, out of any model that can be read as a dense one.
+"""Writes any model that can be read as a dense one into a consolidated folder, from which a run can start.
 
-Beside the model lies `training.yaml`: the settings that belong to it, so that a run needs only a corpus and a folder.
+`training.yaml` beside the model holds the settings that belong to it, so a run needs only a corpus and a folder.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from pretrain.errors import ConfigError
 
 
 def check_rank(config: ModelConfig, rank: int | None) -> None:
-    """ConfigError if layers of `config` cannot have this rank, or have one and none is given."""
+    """ConfigError if layers of `config` cannot have this rank, or need one and none is given."""
     layers = factored_projections(config)
     if not layers:
         if rank is not None:
@@ -36,8 +36,8 @@ def check_rank(config: ModelConfig, rank: int | None) -> None:
 def write_import(
     source: DenseSource, config: ModelConfig, rank: int | None, folder: Path, *, seed: int, max_shard_bytes: int
 ) -> tuple[ConsolidatedModel, Mapping[str, float]]:
-    """Fills the empty `folder` with the model of `source` as one of `config`; also the share of its energy that each
-    truncated layer keeps, by `Projection.name`."""
+    """Fills the empty `folder` with the model of `source`, converted to the architecture of `config`. Returns the share
+    of its energy that each truncated layer keeps, by `Projection.name`."""
     ranks = {projection.name: rank for projection in factored_projections(config) if rank is not None}
     facts = Facts(
         format_version=FORMAT_VERSION,
@@ -54,8 +54,8 @@ def write_import(
 
 
 def write_training_settings(config: ModelConfig, rank: int | None, tokenizer: str, folder: Path, output: Path) -> None:
-    """Writes `training.yaml` into `folder`, which will be called `output`: a config that a launch line can name and
-    another can extend."""
+    """Writes `training.yaml` into `folder`, which will be called `output`: a config to launch a run with, or to
+    extend."""
     settings = {
         "model": config.model_dump(mode="json"),
         **({} if rank is None else {"rank": {"initial": rank}}),

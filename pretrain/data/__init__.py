@@ -1,1 +1,1 @@
-"""Ids to batches."""
+"""The text of a run: from files of token ids to batches."""

@@ -1,9 +1,9 @@
-"""The text of a run: one corpus or a blend of several, checked, cut into samples, and the held-out sets beside it.
+"""The text of a run: one corpus or a blend of several, checked and cut into samples, and the held-out sets.
 
-A sample is `sequence_length + 1` consecutive tokens of the shuffled documents, one behind the other, so that no place
-is padding: `tokens` without the last, `labels` without the first. megatron-core draws the samples (`GPTDataset`), and
-of a blend in turns that follow the weights (`BlendedDataset`); their order follows from the seed and the length of the
-run, not from the number of processes. With `data.within_documents` positions begin anew at every document and attention
+A sample is `sequence_length + 1` consecutive tokens of the shuffled documents, without padding: `tokens` without the
+last, `labels` without the first. megatron-core draws the samples (`GPTDataset`); from a blend it draws in proportion to
+the weights (`BlendedDataset`). Their order follows from the seed and the length of the run, not from the number of
+processes. With `data.within_documents` positions begin anew at every document and attention
 stays inside it (`pretrain/data/document_mask.py`).
 """
 
@@ -43,11 +43,11 @@ class Corpus:
 
     train: Any
     validation: dict[str, Any]
-    """Held-out sets by name, the first of which is the one a run is judged by; a share of the corpus itself has the
-    empty name. Empty if there are none."""
+    """Held-out sets by name; empty if there are none. A run is judged by the first one. A share of the corpus itself
+    has the empty name."""
     tokenizer: Tokenizer
     fingerprint: str
-    """Tells what a run trains on from any other text, and from a changed one."""
+    """Checksum of the text that a run trains on, which differs for any other or changed text."""
 
 
 def open_corpus(
@@ -60,13 +60,14 @@ def open_corpus(
     cache: Path,
     tokenizer: Tokenizer | None = None,
 ) -> Corpus:
-    """Checks and opens the corpora; called by all processes of the default process group (a single corpus: if there is
-    one).
+    """Checks and opens the corpora; called by all processes of the default process group. A single corpus can be opened
+    without a group.
 
     `train` has at least `training_samples` samples, over as many epochs as that takes. A held-out set has at least
-    `validation_samples`, always the same ones; there are none when they are 0, or `data.split` leaves no documents and
-    `data.validation` names no corpora. The first process writes the order of the samples into `cache`; a node that does
-    not see that folder gets a copy in its own. `tokenizer`: that of `data.tokenizer`, where it is open already.
+    `validation_samples` samples, always the same ones. There is no held-out set if `validation_samples` is 0, or if
+    `data.split` leaves no documents and `data.validation` names no corpora. The first process writes the order of the
+    samples into `cache`; a node that does not see that folder gets a copy in its own. `tokenizer`: that of
+    `data.tokenizer`, if it is open already.
     """
     tokenizer = _together(lambda: _fitting_tokenizer(data, model, tokenizer))
     weights = data.weights()
@@ -93,7 +94,7 @@ def open_corpus(
 
 @dataclass(frozen=True)
 class _Set:
-    """Corpora by prefix with their weights, and what is wanted of them."""
+    """Weights of corpora by prefix, and the samples that are wanted of them."""
 
     weights: dict[str, float]
     split: str
@@ -107,7 +108,7 @@ class _Set:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Makes megatron-core's datasets of one run."""
+    """Opens megatron-core's datasets of one run."""
 
     data: DataConfig
     model: ModelConfig
@@ -120,11 +121,11 @@ class _Opener:
 
         for prefix in wanted.weights:
             index = IndexedDataset(prefix)
-            lengths = index.sequence_lengths  # the memory they lie in is unmapped with `index`
+            lengths = index.sequence_lengths  # memory that is unmapped when `index` is freed
             for name, share in zip(("training", "validation"), self._config(wanted, None).split_matrix, strict=False):
                 if share is None:
                     continue
-                # The rounding is megatron-core's.
+                # Rounded as megatron-core does.
                 first, last = (round(bound * float(len(lengths))) for bound in share)
                 tokens = int(lengths[first:last].sum(dtype=np.int64))
                 if tokens <= self.model.sequence_length:
@@ -135,8 +136,8 @@ class _Opener:
                     )
 
     def open(self, wanted: _Set, folder: Path, builds_here: Callable[[], bool]) -> tuple[Any, Any]:
-        """The training and the validation share; None where the split or the number of samples leaves nothing, or
-        nothing is built on this process."""
+        """The training and the validation share; None if the split or the number of samples leaves none, or if this
+        process builds none."""
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset
 
@@ -186,8 +187,8 @@ def batch_at(dataset: Any, first_sample: int, micro_batch: int) -> dict[str, Ten
 
 
 def model_inputs(config: RunConfig, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, positions and mask of a batch of samples, as the model's forward takes them, on its device; in place of a
-    mask the bounds of documents, where a GPU can do with them."""
+    """Tokens, positions and mask of a batch, as the model's forward takes them, on its device. Where a GPU needs no
+    mask, it gets the bounds of documents instead."""
     tokens, positions = batch["tokens"].to(device()), batch["position_ids"].to(device())
     if not config.data.within_documents:
         return tokens, positions, None
@@ -214,7 +215,7 @@ def _fitting_tokenizer(data: DataConfig, model: ModelConfig, tokenizer: Tokenize
 
 
 def _check_on_every_node(prefix: Path, tokenizer: Tokenizer) -> CorpusFacts:
-    """The corpus's facts, checked by one process of every node, for each node may see files of its own."""
+    """The corpus's facts, checked by one process of every node, since each node may see other files."""
     checked = _together(
         lambda: check_index(prefix, tokenizer.vocabulary, tokenizer.fingerprint) if _is_first_of_node() else None
     )
@@ -244,7 +245,7 @@ def _refuse_without_ends(prefix: str, facts: CorpusFacts) -> None:
 
 
 def _fingerprint(weights: dict[str, float], facts: dict[str, CorpusFacts]) -> str:
-    """A blend is told by the corpora, wherever they lie, their weights and their order."""
+    """Checksum of a blend: of its corpora (not their paths), their weights and their order."""
     if len(weights) == 1:
         return facts[next(iter(weights))].fingerprint
     whole = sum(weights.values())
@@ -257,7 +258,7 @@ def _is_first_of_node() -> bool:
 
 
 def _together(action: Callable[[], Result]) -> Result:
-    """Runs `action`; with a process group, an error in one process is raised in all."""
+    """Runs `action`. With a process group, an error on one process is raised on all."""
     if not dist.is_initialized():
         return action()
     return together(action)

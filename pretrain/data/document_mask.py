@@ -2,7 +2,7 @@
 
 The end-of-document token is the label behind the last token of a document, and the first token the next one is
 predicted from. So as an input it begins the next document: positions start there with 0, as they do when a model is
-asked for a new document. A sample that begins inside a document takes its rest for a document.
+asked for a new document. In a sample that begins inside a document, the rest of that document counts as a document.
 
     tokens       b  c  <end>  d  e  f  <end>  g        labels   c  <end>  d  e  f  <end>  g  h
     positions    0  1    0    1  2  3    0    1
@@ -17,7 +17,8 @@ NUMBER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 class WithinDocuments:
-    """The samples of a `GPTDataset` with positions that begin anew at every document, and where they do."""
+    """The samples of a `GPTDataset` with positions that begin anew at every document, and marks where documents
+    begin."""
 
     def __init__(self, samples: Any, end_of_document: int) -> None:
         self._samples, self._end = samples, end_of_document
@@ -41,15 +42,17 @@ def positions_within(tokens: Tensor, end_of_document: int) -> Tensor:
 
 
 def document_bounds(starts: Tensor) -> Tensor:
-    """Where in all tokens of a batch documents begin, and where the last one ends: int32 `(documents + 1,)`, from
-    `starts (batch, seq)`, true where one begins. On the host, for a device would have to be waited for: their number
-    varies."""
+    """Places among all tokens of a batch where documents begin, and where the last one ends: int32 `(documents + 1,)`.
+
+    `starts (batch, seq)` is true where a document begins. It is computed on the host: their number varies, so the host
+    would have to wait for a device.
+    """
     return torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])]).int()
 
 
 def outside_mask(positions: Tensor, kind: torch.dtype, *, causal: bool) -> Tensor:
-    """What a query may not see: -inf in `(batch, 1, seq, seq)`, else 0, from `positions (batch, seq)`. These are other
-    documents, and the tokens to come if `causal`."""
+    """Attention mask `(batch, 1, seq, seq)` from `positions (batch, seq)`: -inf where a query must not look, else 0. It
+    must not look at other documents, nor at later tokens if `causal`."""
     document = (positions == 0).cumsum(-1)
     hidden = document[:, None, :, None] != document[:, None, None, :]
     if causal:

@@ -1,7 +1,7 @@
 """The folder with the order of the samples: written once, by the first process, and read by all.
 
-megatron-core builds the indices on the first process, and unpickles what it finds in its cache on all of them: so the
-folder is made anew at every start, can be entered by this user alone, and nothing that was found there is ever used.
+megatron-core builds the indices on the first process, and unpickles on all processes what it finds in its cache. So the
+folder is made anew at every start, only this user can enter it, and nothing that was found there is ever used.
 Nodes that do not see the first process's folder get a copy of its files, written by one process of each.
 """
 
@@ -22,12 +22,13 @@ _CHUNK_BYTES = 1 << 24
 
 Datasets = TypeVar("Datasets")
 Build = Callable[[Path, Callable[[], bool]], Datasets]
-"""Builds megatron-core's datasets with the indices in a folder, where the second argument says so; a collective."""
+"""Builds megatron-core's datasets with the indices in the given folder; the second argument says whether this process
+builds any. A collective."""
 
 
 def build_in_order(cache: Path, needed_bytes: int, build: Build[Datasets]) -> Datasets:
-    """The datasets, whose indices are written below `cache` first; a collective of the default process group, if there
-    is one."""
+    """Writes the indices below `cache`, and returns the datasets that use them; a collective of the default process
+    group, if there is one."""
     folder = cache / INDEX_FOLDER
     if not dist.is_initialized():
         _make_folder(folder, needed_bytes)
@@ -40,7 +41,7 @@ def build_in_order(cache: Path, needed_bytes: int, build: Build[Datasets]) -> Da
     seeing: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seeing, sees)
     if not all(seeing):
-        # megatron-core has only the first process build, and the others look into their folder right after it.
+        # In megatron-core only the first process builds; the others look into their folder right after that.
         build(folder, lambda: is_first)
         place = dist.get_node_local_rank(fallback_rank=0)
         copy = folder if sees else cache / f"{INDEX_FOLDER}_of_process_{dist.get_rank() - place}"
@@ -52,7 +53,7 @@ def build_in_order(cache: Path, needed_bytes: int, build: Build[Datasets]) -> Da
 
 
 def _send_files(source: Path | None, target: Path | None) -> None:
-    """Copies the files of the first process's `source` to `target`, where one is given; a collective."""
+    """Copies the files of the first process's `source` to `target` on processes that give one; a collective."""
     pieces = _pieces(source) if source is not None else None
     while True:
         sent: list[Any] = [next(pieces, None) if pieces is not None else None]
@@ -83,7 +84,7 @@ def _append(folder: Path | None, name: str, content: bytes) -> None:
 
 
 def _mark(folder: Path) -> str | None:
-    """What tells a folder from others of the same path; None if there is none here."""
+    """The mark of a folder, which tells it from others of the same path; None if there is no folder here."""
     try:
         return (folder / _MARK).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
@@ -91,8 +92,8 @@ def _mark(folder: Path) -> str | None:
 
 
 def _make_folder(folder: Path, needed_bytes: int) -> None:
-    """An empty folder that only this user can enter, with room for the indices, and a mark that tells it from others of
-    the same path."""
+    """Makes an empty folder that only this user can enter, with a mark that tells it from others of the same path. An
+    error if the disk has no room for the indices."""
     try:
         if folder.is_symlink() or folder.is_file():
             folder.unlink()

@@ -1,7 +1,7 @@
 """A corpus on disk, and its complete check before anything trusts it.
 
 A corpus is three files: `P.bin` (token ids), `P.idx` (megatron-core's index) and `P.json` (`CorpusFacts`).
-megatron-core reads an index as it is: a negative length returns the rest of the file, a wrong type code other tokens,
+megatron-core does not check an index: a negative length returns the rest of the file, a wrong type code other tokens,
 both without an error. So every number of the index is compared here with the sizes it implies, and every token with the
 vocabulary:
 
@@ -27,7 +27,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES: dict[int, type[np.uint16] | type[np.int32]] = {8: np.uint16, 4: np.int32}
 BLOCK = 1 << 20
-"""Numbers read at a time."""
+"""Count of numbers that are read at a time."""
 REBUILD = "write the corpus anew with tools/preprocess_corpus.py --overwrite"
 
 
@@ -64,7 +64,7 @@ def files_of(prefix: Path) -> tuple[Path, Path, Path]:
 
 
 def check_index(prefix: Path, vocabulary: int, tokenizer_fingerprint: str) -> CorpusFacts:
-    """Checks all of a corpus, and that a tokenizer is the one it was written with."""
+    """Checks all of a corpus, and that it was written with this tokenizer; DataError otherwise."""
     facts = read_facts(prefix)
     tokens_path, index_path, facts_path = files_of(prefix)
     if facts.tokenizer_fingerprint != tokenizer_fingerprint or facts.vocabulary != vocabulary:
@@ -75,9 +75,9 @@ def check_index(prefix: Path, vocabulary: int, tokenizer_fingerprint: str) -> Co
         )
     content = scan_index(prefix, vocabulary)
     for name in ("documents", "tokens", "token_type"):
-        told, found = getattr(facts, name), getattr(content, name)
-        if told != found:
-            raise DataError(f"{index_path}: holds {name} {found}, and {facts_path.name} says {told}: {REBUILD}")
+        recorded, found = getattr(facts, name), getattr(content, name)
+        if recorded != found:
+            raise DataError(f"{index_path}: holds {name} {found}, and {facts_path.name} says {recorded}: {REBUILD}")
     if content.fingerprint != facts.fingerprint:
         raise DataError(
             f"{tokens_path} or {index_path.name} was changed after it was written: its fingerprint is "
@@ -87,7 +87,7 @@ def check_index(prefix: Path, vocabulary: int, tokenizer_fingerprint: str) -> Co
 
 
 def read_facts(prefix: Path) -> CorpusFacts:
-    """Reads `P.json`."""
+    """Reads `P.json`; DataError if it is missing or wrong."""
     path = files_of(prefix)[2]
     try:
         with path.open("rb") as file:
@@ -125,7 +125,8 @@ def scan_index(prefix: Path, vocabulary: int) -> IndexContent:
 
 
 def _check_header(path: Path, file: BinaryIO) -> tuple[int, int, int]:
-    """Type code, sequences and document boundaries that the header claims, once the file's size agrees with them."""
+    """Type code, and numbers of sequences and of document boundaries, from the header; checked against the file's
+    size."""
     size = os.fstat(file.fileno()).st_size
     header = file.read(HEADER.size)
     if len(header) < HEADER.size:
@@ -151,7 +152,7 @@ def _check_header(path: Path, file: BinaryIO) -> tuple[int, int, int]:
 def _check_sequences(
     path: Path, file: BinaryIO, sequences: int, itemsize: int, tokens_size: int, digest: "xxhash.xxh3_128"
 ) -> int:
-    """Checks lengths and pointers side by side; tokens in all."""
+    """Checks lengths and pointers side by side; the number of all tokens."""
     end = 0
     pointers_at = HEADER.size + 4 * sequences
     for first in range(0, sequences, BLOCK):

@@ -43,7 +43,7 @@ def mask_token(tokenizer: Tokenizer) -> int:
 
 
 def corpus_for(train: TrainConfig, corpus: Corpus, seed: int) -> Corpus:
-    """The corpus with samples as the objective of the run wants them."""
+    """The corpus with samples for the objective of the run."""
     if train.objective == "causal":
         return corpus
     probability = train.mask_probability or MASK_PROBABILITY
@@ -59,8 +59,8 @@ class MaskedSamples:
     """The samples of a `GPTDataset` with some of their tokens hidden: `labels` are the tokens themselves, `loss_mask`
     is 1 where they were chosen.
 
-    Only ordinary tokens are chosen, control tokens such as the end of a document only where a sample has fewer others
-    than are to be chosen. `stream` names the random numbers: other names, other choices.
+    Ordinary tokens are chosen. Control tokens, such as the end of a document, are chosen only in samples that have too
+    few ordinary ones. `stream` names the random numbers: another name gives other choices.
     """
 
     def __init__(self, samples: Any, tokenizer: Tokenizer, probability: float, stream: str) -> None:
@@ -76,7 +76,7 @@ class MaskedSamples:
         """Sample `index`: tokens, labels, loss_mask (fp32) and position_ids, each (sequence_length,)."""
         sample = self._samples[index]
         labels = sample["tokens"].numpy()
-        # A sample has 2**64 blocks of random numbers to itself.
+        # Each sample has 2**64 blocks of random numbers of its own.
         draw = np.random.Generator(np.random.Philox(key=self._key, counter=int(index) << 64))
         chosen = self._choose(labels, draw)
         tokens, loss_mask = labels.copy(), np.zeros(len(labels), dtype=np.float32)
@@ -94,8 +94,8 @@ class MaskedSamples:
         }
 
     def _choose(self, labels: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """Different places in a sample, always as many: those with the smallest of random numbers, ordinary tokens
-        first."""
+        """Different places in a sample, the same number in each: those with the smallest random numbers, ordinary
+        tokens first."""
         count = max(1, round(self._probability * len(labels)))
         numbers = draw.random(len(labels)) + ~self._ordinary[labels]
         return np.argsort(numbers, kind="stable")[:count]

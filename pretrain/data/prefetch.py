@@ -1,9 +1,9 @@
-"""Micro-batches read ahead of the step that takes them, by a thread, and copied to the device without a wait.
+"""Reads micro-batches in a thread, ahead of the step that takes them, and copies them to the device without a wait.
 
 The thread reads and collates while the main thread launches kernels or waits for the device. It reads exactly the
-micro-batches that a run takes one after the other, in their order; what goes wrong in it is raised where the
-micro-batch is taken. A copy from pinned memory does not hold the host up: torch's allocator of pinned memory hands a
-block out anew only when the copies that were launched from it have finished.
+micro-batches that the run takes, in their order. An error in the thread is raised where the micro-batch is taken. The
+host does not wait for a copy from pinned memory: torch's allocator of pinned memory hands a block out anew only when
+the copies that were launched from it have finished.
 """
 
 from collections import deque
@@ -19,13 +19,13 @@ from pretrain.data.corpus import batch_at, micro_batch_start
 from pretrain.schedule import global_batch_at
 
 AHEAD = 2
-"""Micro-batches that wait beside the one being taken."""
+"""Micro-batches that are read ahead."""
 
 Batch = dict[str, Tensor]
 
 
 class Prefetch:
-    """The micro-batches of one dataset that begin with the samples `starts`, one after the other."""
+    """The micro-batches of one dataset whose first samples are `starts`, in this order."""
 
     def __init__(self, dataset: Any, micro_batch: int, starts: Iterator[int]) -> None:
         self._dataset, self._micro_batch, self._starts = dataset, micro_batch, starts
@@ -33,7 +33,7 @@ class Prefetch:
         self._coming: deque[Future[Batch]] = deque()
 
     def take(self) -> Batch:
-        """The next one, on the host."""
+        """The next micro-batch, on the host."""
         while len(self._coming) <= AHEAD and (start := next(self._starts, None)) is not None:
             self._coming.append(self._reader.submit(batch_at, self._dataset, start, self._micro_batch))
         return self._coming.popleft().result()
@@ -44,8 +44,8 @@ class Prefetch:
 
 
 def training_starts(train: TrainConfig, step: int, consumed_samples: int) -> Iterator[int]:
-    """First samples of this process's micro-batches from training step `step` on, before which `consumed_samples` were
-    taken, to the end of the run."""
+    """First samples of this process's micro-batches from training step `step` to the end of the run;
+    `consumed_samples`: those taken before."""
     for at in range(step, train.steps):
         sequences = global_batch_at(at, train.global_batch, train.batch_ramp)
         for micro_step in range(sequences // (train.micro_batch * data_size())):
@@ -54,7 +54,7 @@ def training_starts(train: TrainConfig, step: int, consumed_samples: int) -> Ite
 
 
 def on_device(batch: Batch) -> Batch:
-    """The batch where the process computes."""
+    """The batch on the device on which this process computes."""
     if device().type == "cpu":
         return batch
     return {key: values.pin_memory().to(device(), non_blocking=True) for key, values in batch.items()}

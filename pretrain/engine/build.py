@@ -34,8 +34,7 @@ def parameter_groups(model: EspalierModel, optimizer: OptimizerConfig) -> list[d
 def build_engine(
     model: EspalierModel, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], *, compiled: bool = False
 ) -> DeepSpeedEngine:
-    """An engine around `model`; its optimizer is torch's fused AdamW, the learning rate is set by the caller each
-    step."""
+    """An engine around `model` with torch's fused AdamW; the caller sets the learning rate in each step."""
     if compiled:
         from model.layers.compilation import compile_layers  # which loads the compiler
 
@@ -72,22 +71,22 @@ def _precision(deepspeed_config: dict[str, Any]) -> torch.dtype:
 
 
 def tear_down(engine: DeepSpeedEngine) -> None:
-    """Destroys the engine and all it hung on the module, and gives every trained parameter a life of its own.
+    """Destroys the engine and everything it left on the module, and gives every trained parameter memory of its own.
 
     DeepSpeed 0.19.8's `destroy` leaves its two forward hooks on the module, and parameters as views of its flat buffers
-    with attributes of its own: the hooks are removed by hand, and parameters are made anew. It never touched the frozen
-    ones. Under ZeRO 3 all parameters stay partitioned: the whole model may not fit. The engine is emptied, for whoever
-    called still holds it, and it the optimizer under four names.
+    with its own attributes. So the hooks are removed by hand, and trained parameters are made anew; DeepSpeed never
+    touched the frozen ones. Under ZeRO 3 all parameters stay partitioned, since the whole model may not fit. The engine
+    object is emptied, because the caller still holds it, and it holds the optimizer under four names.
     """
     module, stage = engine.module, engine.zero_optimization_stage()
     engine.destroy()
     for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
         hook.remove()
     vars(engine).clear()
-    engine.module = None  # says that it is gone
+    engine.module = None  # marks it as torn down
     if stage == 3:
         forget_engine(module)
-    gc.collect()  # what nobody keeps of masters and moments is gone before parameters are copied
+    gc.collect()  # frees masters and moments that nobody keeps, before parameters are copied
     if stage == 3:
         return
     for owner in module.modules():
@@ -97,8 +96,8 @@ def tear_down(engine: DeepSpeedEngine) -> None:
 
 
 def _fresh_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """A copy with the marks of megatron-core. The old one is left without the methods that DeepSpeed bound to it: they
-    held it, and its flat buffer, up to the next collection."""
+    """A copy with megatron-core's attributes. The methods that DeepSpeed bound to the old parameter are removed: they
+    would keep it, and its flat buffer, alive until the next garbage collection."""
     fresh = nn.Parameter(parameter.detach().clone())
     for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
         if hasattr(parameter, mark):
@@ -108,7 +107,7 @@ def _fresh_parameter(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def release_free_memory() -> None:
-    """Gives what was freed back to the system, and to other users of the device.
+    """Gives freed memory back to the system, and to other users of the device.
 
     glibc keeps freed blocks for itself: without this, resident memory of a small model rose by 4 MB per event and stood
     135 MB above what was in use after 20.
@@ -122,10 +121,10 @@ def release_free_memory() -> None:
 
 @contextmanager
 def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Inside it forward passes without dropout.
+    """Forward passes inside it have no dropout.
 
-    ZeRO 3 (DeepSpeed 0.19.8) fetches parameters ahead, in the order of a training step. After a forward pass alone some
-    are still on their way, and can neither be gathered nor replaced: here they arrive and are released.
+    ZeRO 3 (DeepSpeed 0.19.8) prefetches parameters in the order of a training step. After a forward pass alone some are
+    still being fetched, and can neither be gathered nor replaced. At the end they are waited for and released.
     """
     engine.eval()
     yield
@@ -140,9 +139,9 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
 
 
 def gradient_norm(engine: DeepSpeedEngine) -> float:
-    """Global gradient norm of the coming (ZeRO 0) or the last step (ZeRO 1 to 3), before clipping.
+    """Global gradient norm before clipping, of the coming step (ZeRO 0) or of the last one (ZeRO 1 to 3).
 
-    DeepSpeed 0.19.8 computes none at stage 0, so there it is ours; call it between backward and step: a collective.
+    DeepSpeed 0.19.8 computes none at stage 0, so it is computed here. Call it between backward and step: a collective.
     """
     if engine.zero_optimization_stage() > 0:
         return float(engine.get_global_grad_norm())

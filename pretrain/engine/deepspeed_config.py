@@ -23,7 +23,8 @@ from pretrain.errors import ConfigError
 
 NEVER = 10**9
 BUCKET_ELEMENTS = 50_000_000
-"""Of a reduction; DeepSpeed's own 500 million allocate 1 to 2 GB per process, most of a small device."""
+"""Numbers in a bucket of the reduction. DeepSpeed's own 500 million allocate 1 to 2 GB per process, most of a small
+device."""
 
 _TAKEN = {
     "communication_data_type", "comms_logger", "disable_allgather", "dump_state", "gradient_predivide_factor",
@@ -49,7 +50,7 @@ _ON_BY_DEFAULT = {
     "zero_optimization.compute_grad_norm", "zero_optimization.load_from_fp32_weights",
     "zero_optimization.memory_efficient_linear", "zero_optimization.override_module_apply",
 }  # fmt: skip
-"""What DeepSpeed 0.19.8 does unless it is told not to: there `true` changes nothing, and `false` does."""
+"""Settings that are `true` by default in DeepSpeed 0.19.8: `true` changes nothing, `false` does."""
 _AUTOTP = "tensor parallelism is megatron-core's: set parallel.tensor"
 _MONITOR = "the run writes its own TensorBoard folder, and two writers would disagree"
 _OFFLOAD = "only the optimizer can be offloaded, by deepspeed.offload_optimizer in the run's config"
@@ -83,7 +84,7 @@ _REASONS = {
 
 
 def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """DeepSpeed's config for this run on this layout, at the full global batch; nothing in it belongs to `config`."""
+    """DeepSpeed's config for this run on this layout, at the full global batch; it shares no object with `config`."""
     result: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
     result |= deepcopy(_checked_settings(config, layout))
     for key, (value, _) in _derived(config, layout).items():
@@ -104,7 +105,8 @@ def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 
 def with_deepspeed_file(config: RunConfig, layout: Layout) -> RunConfig:
-    """The config with what its DeepSpeed file says in place of the file's name; ConfigError if the run refuses it."""
+    """The config with the content of its DeepSpeed file in place of the file's name; ConfigError if the run refuses
+    it."""
     if not isinstance(config.deepspeed.config, str):
         return config
     section = config.deepspeed.model_copy(update={"config": _checked_settings(config, layout)})
@@ -112,7 +114,8 @@ def with_deepspeed_file(config: RunConfig, layout: Layout) -> RunConfig:
 
 
 def given_settings(config: RunConfig) -> tuple[dict[str, Any], str]:
-    """What the user's DeepSpeed file says, or the config in its place; and what to call it in errors."""
+    """The content of the user's DeepSpeed file, or of the mapping that the config holds in its place; and its name for
+    errors."""
     given = config.deepspeed.config
     if isinstance(given, str):
         path = find_file(given, "configs.deepspeed", ".json")
@@ -121,7 +124,7 @@ def given_settings(config: RunConfig) -> tuple[dict[str, Any], str]:
 
 
 def _checked_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """What is given, without what changes nothing: a section that is not used may hold an account's key."""
+    """The given settings without those that change nothing: an unused section may hold an account's key."""
     given, source = given_settings(config)
     derived = _derived(config, layout)
     _refuse_unsupported(given, derived, source)
@@ -136,7 +139,7 @@ def _checked_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _derived(config: RunConfig, layout: Layout) -> dict[str, tuple[Any, str]]:
-    """The keys that follow from the run: value, and where it comes from."""
+    """Keys that follow from the run, each with its value and where that comes from."""
     train = config.train
     batch = (
         f"train.micro_batch {train.micro_batch} x accumulation {layout.accumulation} x {layout.data} data-parallel "
@@ -206,7 +209,7 @@ def _check_precision(given: Mapping[str, Any], config: RunConfig, source: str) -
 
 
 def _check_offload(given: Mapping[str, Any], config: RunConfig, source: str) -> None:
-    """The file may say how the optimizer is offloaded, the run's config says whether."""
+    """ConfigError if the file says whether to offload: it may only say how, the run's config says whether."""
     offload = given.get("zero_optimization", {}).get("offload_optimizer")
     if _switched_off(offload):
         if offload is not None and config.deepspeed.offload_optimizer:

@@ -3,11 +3,11 @@
     ‖g‖² = Σ_p ‖g_p‖²,      p over the gradients of all processes, those that several hold alike once
 
 It is finite if and only if every element is, so it says both whether the step is skipped and how far it is clipped.
-`squared_norm` gives this process's share as a number on the device; whoever has summed it over all processes, and read
-it together with whatever else is read once a step, tells the engine with `tell_squared_norm`. An engine that is not
-told sums and reads by itself.
+`squared_norm` gives this process's share as a number on the device. The trainer sums it over all processes, reads it
+together with everything else that is read once a step, and passes it on with `set_squared_norm`. An engine that was
+not given the sum computes and reads it by itself.
 
-What this works around in DeepSpeed 0.19.8, all of it in `engine.step()`, in words for its maintainers:
+What this works around in DeepSpeed 0.19.8, all of it in `engine.step()`:
 
 - `has_overflow` runs amax, amin, two isfinite and three logical operators on every gradient, and
   `get_grad_norm_direct` a conversion to fp64, a copy of eight bytes an element, and a norm: some 13 kernels a
@@ -21,12 +21,13 @@ What this works around in DeepSpeed 0.19.8, all of it in `engine.step()`, in wor
 - ZeRO 3 has the host wait for its reduction stream after every backward pass, where only later kernels have to.
 - The throughput timer calls `torch.cuda.synchronize` twice a micro-step unless `timers.throughput.enabled` is false.
 
-A gradient whose squared norm does not fit fp32 (a norm above 1.8e19) is treated as one that is not finite. So DeepSpeed
-does under ZeRO 1 and 2; under ZeRO 3 it would still step. Experts (MoE) and Muon have rules of their own and are not
-here.
+A gradient whose squared norm does not fit fp32 (a norm above 1.8e19) is treated as one that is not finite. DeepSpeed
+does the same under ZeRO 1 and 2; under ZeRO 3 it would still step. Experts (MoE) and Muon have rules of their own and
+are not supported here.
 """
 
 import math
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -42,31 +43,31 @@ from torch import Tensor
 from model.process_groups import data_size, device, tensor_index
 
 TIMERS_OFF = {"timers": {"throughput": {"enabled": False}}}
-"""Part of DeepSpeed's config."""
+"""Part of DeepSpeed's config that switches its throughput timer off."""
 
 
 def list_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Euclidean norm of each tensor, as numbers in fp64 where the tensors are; one operator for all. No finite elements
-    of fp32 or less overflow in it."""
+    """Euclidean norm of each tensor, in fp64 on the tensors' device, by one operator for all of them. Finite elements
+    of fp32 or smaller types cannot overflow."""
     return list(torch._foreach_norm(tensors, 2, dtype=torch.float64)) if tensors else []
 
 
 def attach(engine: DeepSpeedEngine) -> None:
-    """Has the engine step by what it is told; its ZeRO optimizer gets a class that differs in the methods below."""
+    """Makes the engine step by the summed squared norm; its ZeRO optimizer gets a subclass with the methods below."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         optimizer.__class__ = _Stage1And2 if isinstance(optimizer, DeepSpeedZeroOptimizer) else _Stage3
-        optimizer.told = None
+        optimizer.summed_squared_norm = None
     else:
-        engine.told_squared_norm = None
+        engine.summed_squared_norm = None
         engine.clip_fp32_gradients = partial(_clip, engine)
     if isinstance(optimizer, _Stage3) and not optimizer.offload_optimizer:
         _order_instead_of_waiting(optimizer.reduce_and_partition_stream)
 
 
 def squared_norm(engine: DeepSpeedEngine) -> Tensor:
-    """This process's share of the squared norm of the coming step's gradient, times the squared loss scale: an fp64
-    number on the device. After the last backward pass of a step, before `engine.step()`."""
+    """This process's share of the squared norm of the gradient, times the squared loss scale: an fp64 number on the
+    device. To be called between the last backward pass of a step and `engine.step()`."""
     if isinstance(engine.optimizer, _Scanned):
         return engine.optimizer.squared_norm()
     held = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
@@ -74,30 +75,34 @@ def squared_norm(engine: DeepSpeedEngine) -> Tensor:
     return share / data_size()  # all data-parallel processes have the same gradients
 
 
-def tell_squared_norm(engine: DeepSpeedEngine, summed: float) -> None:
-    """The sum over all processes, by which the coming `engine.step()` is skipped or clipped."""
+def set_squared_norm(engine: DeepSpeedEngine, summed: float) -> None:
+    """Gives the engine the squared norm, summed over all processes, by which the coming `engine.step()` skips or
+    clips."""
     if isinstance(engine.optimizer, _Scanned):
-        engine.optimizer.told = summed
+        engine.optimizer.summed_squared_norm = summed
     else:
-        engine.told_squared_norm = summed
+        engine.summed_squared_norm = summed
 
 
 def norm_of(squared: float) -> Tensor:
-    """The norm as DeepSpeed hands it on, one fp32 number, but on the host; not finite where nothing is to be stepped
-    with."""
+    """The norm as one fp32 number, as DeepSpeed hands it on, but on the host; not finite if the step is to be
+    skipped."""
     return torch.tensor(squared, dtype=torch.float32).sqrt()
 
 
 def sum_over_processes(share: Tensor) -> float:
-    """The same everywhere; waits for the device."""
+    """The sum of all processes' shares, the same to the last bit on all of them; waits for the device."""
     dist.all_reduce(share)
     dist.broadcast(share, src=0)
     return float(share)
 
 
 def _share(norms: list[Tensor], parameters: Iterable[Tensor]) -> Tensor:
-    """Squares of what this process counts, in all. What every tensor-parallel process holds whole, the first one
-    counts; the others add 0 times theirs, which is no number where theirs is not finite."""
+    """Sum of the squared norms that this process counts.
+
+    A parameter that every tensor-parallel process holds whole is counted by the first one. The others add 0 times
+    theirs, which is NaN if theirs is not finite.
+    """
     counted: list[Tensor] = []
     others: list[Tensor] = []
     for norm, parameter in zip(norms, parameters, strict=True):
@@ -108,50 +113,53 @@ def _share(norms: list[Tensor], parameters: Iterable[Tensor]) -> Tensor:
 
 
 def _clip(engine: DeepSpeedEngine) -> None:
-    """Stage 0's clipping, in the place of `engine.clip_fp32_gradients`."""
-    told, engine.told_squared_norm = engine.told_squared_norm, None
-    if told is None:
-        told = sum_over_processes(squared_norm(engine))
-    factor = float(engine.gradient_clipping() / (norm_of(told) + 1e-6))
+    """Clips the gradients at stage 0, in place of `engine.clip_fp32_gradients`."""
+    summed, engine.summed_squared_norm = engine.summed_squared_norm, None
+    if summed is None:
+        summed = sum_over_processes(squared_norm(engine))
+    factor = float(engine.gradient_clipping() / (norm_of(summed) + 1e-6))
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     if factor < 1.0:
         torch._foreach_mul_(gradients, factor)
 
 
 def _order_instead_of_waiting(stream: Any) -> None:
-    """Has whoever would wait on the host for the stream make the later kernels wait."""
+    """Turns a wait of the host for `stream` into a wait of the later kernels."""
     if stream is not None:
         stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
-class _Scanned:
-    """What both of DeepSpeed's optimizers answer alike; comes before them in the order of classes."""
+class _Scanned(metaclass=ABCMeta):
+    """Methods that both of DeepSpeed's ZeRO optimizers share; the first base class, so that they override
+    DeepSpeed's. The base class `ABC` would give objects another layout, and `attach` could not assign the class."""
 
-    told: float | None
+    summed_squared_norm: float | None
+    """Squared norm over all processes, for the coming step; None until it is known."""
     loss_scale: float
     clip_grad: float
 
+    @abstractmethod
     def squared_norm(self) -> Tensor:
-        raise NotImplementedError
+        """This process's share, as the function `squared_norm` gives it."""
 
     def step(self, closure: Any = None) -> None:
-        if self.told is None:
-            self.told = sum_over_processes(self.squared_norm())
+        if self.summed_squared_norm is None:
+            self.summed_squared_norm = sum_over_processes(self.squared_norm())
         super().step(closure)  # type: ignore[misc]
-        self.told = None
+        self.summed_squared_norm = None
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        assert self.told is not None
-        return not 0.0 <= self.told <= torch.finfo(torch.float32).max
+        assert self.summed_squared_norm is not None
+        return not 0.0 <= self.summed_squared_norm <= torch.finfo(torch.float32).max
 
     def _norm(self) -> Tensor:
-        assert self.told is not None
-        return norm_of(self.told)
+        assert self.summed_squared_norm is not None
+        return norm_of(self.summed_squared_norm)
 
     def _leaves_as_is(self) -> bool:
         """Whether `unscale_and_clip_grads` would multiply by 1."""
-        assert self.told is not None
-        clipped = self.clip_grad > 0 and (math.sqrt(self.told) + 1e-6) / self.clip_grad > 1.0
+        assert self.summed_squared_norm is not None
+        clipped = self.clip_grad > 0 and (math.sqrt(self.summed_squared_norm) + 1e-6) / self.clip_grad > 1.0
         return self.loss_scale == 1.0 and not clipped
 
 
@@ -185,7 +193,7 @@ class _Stage1And2(_Scanned, DeepSpeedZeroOptimizer):
         self.norm_for_param_grads[self.get_param_id(param)] = norm
 
     def update_offload_overflow_tracker(self, grad: Tensor) -> None:
-        """Nothing: the norm says it."""
+        """Does nothing: the norm already shows an overflow."""
 
 
 class _Stage3(_Scanned, DeepSpeedZeroOptimizer_Stage3):

@@ -1,8 +1,8 @@
 """Finds copies of one parameter that are no longer the same, before a checkpoint takes one of them for all.
 
-Copies are made by data parallelism (weights at ZeRO 0 to 2) and by tensor parallelism (what is not split). They start
-alike and get the same updates, so a difference of one bit is a fault: of memory, of a link, or of the code. The sum of
-a parameter's bits, taken as integers, is compared, and one flipped bit always changes it.
+Copies exist under data parallelism (weights at ZeRO 0 to 2) and under tensor parallelism (what is not split). They
+start alike and get the same updates, so a difference of one bit is a fault of memory, of a link or of the code.
+Compared is the sum of a parameter's bits, taken as integers, which one flipped bit always changes.
 """
 
 import torch
@@ -39,7 +39,7 @@ def _bit_sum(values: Tensor) -> Tensor:
 
 
 def _differ(sums: Tensor, group: dist.ProcessGroup, compared: list[bool]) -> Tensor:
-    """1 for every parameter that is `compared` and has not the same sum in all of `group`."""
+    """1 for every parameter that is `compared` and does not have the same sum in all of `group`, else 0."""
     low, high = sums.clone(), sums.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)

@@ -1,8 +1,8 @@
-"""Parameters as ZeRO 3 leaves them: every process holds a slice, and the whole only while a module computes.
+"""Parameters under ZeRO 3: every process holds a slice of each, and the whole only while a module computes.
 
 DeepSpeed 0.19.8 turns parameters into partitioned ones when an engine is built: `data` is empty, `ds_tensor` is this
 process's slice of the flat parameter (all of equal length, the last ones padded), `ds_shape` its shape. At other stages
-a parameter is whole everywhere, and everything here says so.
+a parameter is whole everywhere, and the functions here treat it so.
 """
 
 import inspect
@@ -24,7 +24,7 @@ _LEFT_ON_MODULES = (
     "_external_params", "_original_parameters", "applied_pre_backward_ref_cnt", "post_bwd_fn", "pre_bwd_fn",
 )  # fmt: skip
 _RECOMPUTATION = -1
-"""A user of parameters beside modules, which DeepSpeed numbers from 0."""
+"""Number of recomputation as a user of parameters; DeepSpeed numbers modules from 0."""
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -32,7 +32,7 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager:
-    """Inside it the parameters are whole, to be read; a collective over the data-parallel group."""
+    """Context in which the parameters are whole, for reading; a collective over the data-parallel group."""
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
@@ -42,7 +42,7 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 
 def held(parameter: Tensor) -> tuple[int, Tensor]:
-    """Where this process's slice of the flat parameter starts, and its values as a view: all of it, unless it is
+    """Start of this process's slice in the flat parameter, and its values as a view; the whole parameter unless it is
     partitioned."""
     if not is_partitioned(parameter):
         return 0, parameter.detach().view(-1)
@@ -52,13 +52,13 @@ def held(parameter: Tensor) -> tuple[int, Tensor]:
 
 
 def hold(parameter: Tensor, shard: Tensor) -> None:
-    """Gives this process its slice of `shard`, which has the parameter's shape."""
+    """Copies this process's slice of `shard`, which has the parameter's shape, into the parameter."""
     start, slice_held = held(parameter)
     slice_held.copy_(shard.reshape(-1)[start : start + len(slice_held)])
 
 
 def drop_gathered(parameters: Iterable[Tensor]) -> None:
-    """Has parameters that are kept whole for their small size gathered anew, after their slices have changed."""
+    """Makes small parameters, which are kept whole, be gathered anew after their slices have changed."""
     small = [p for p in parameters if is_partitioned(p) and p.numel()]
     if small:
         small[0].partition(small)  # type: ignore[attr-defined]
@@ -73,8 +73,9 @@ def replace_factors(layer: LayerWithFactors, A: Tensor, B: Tensor) -> None:
 
 
 def partition(model: EspalierModel, dtype: torch.dtype) -> None:
-    """Partitions a whole model parameter by parameter, in `dtype`, on its way from the host to the device, which need
-    not have room for all of it; a collective. One that is partitioned stays as it is.
+    """Partitions a model parameter by parameter, in `dtype`, while it moves from the host to the device; a collective.
+
+    The device needs no room for the whole model. Parameters that are partitioned already stay as they are.
 
     Left to `deepspeed.initialize` (0.19.8), the whole model would go to the device first, and
     `torch.nn.functional.linear` would be replaced for the rest of the process.
@@ -96,17 +97,18 @@ def partition(model: EspalierModel, dtype: torch.dtype) -> None:
 
 
 def fetch_tied_weight(model: EspalierModel) -> None:
-    """Has the tied embedding gathered for the output layer as well, which uses it as a plain tensor."""
+    """Makes the tied embedding be gathered for the output layer too, which uses it as a plain tensor."""
     if model.model_config.tied_embeddings:
         weight = model.shared_embedding_or_output_weight()
         deepspeed.zero.register_external_parameter(model.output_layer, weight)
 
 
 def hold_while_recomputing(model: EspalierModel) -> None:
-    """Has the layers that recompute keep their parameters whole while they do, up to each one's own backward pass.
+    """Makes layers that recompute keep their parameters whole from the second forward pass to the end of the backward
+    one.
 
-    DeepSpeed 0.19.8's hooks would release them after the second forward pass as after the first, and the gradients that
-    are due would meet empty parameters. One layer's are whole at a time.
+    DeepSpeed 0.19.8's hooks would release them after the second forward pass as after the first, and the backward pass
+    would find empty parameters. The parameters of one layer at a time are whole.
     """
     for module in model.modules():
         if isinstance(module, RecomputedLayer):
@@ -115,7 +117,7 @@ def hold_while_recomputing(model: EspalierModel) -> None:
 
 @contextmanager
 def _in_use(module: nn.Module) -> Iterator[None]:
-    """Inside it no hook releases the module's parameters, which are released only where no module uses them."""
+    """Context in which no hook releases the module's parameters, since recomputation counts as a user of them."""
     for parameter in module.parameters():
         parameter.ds_active_sub_modules.add(_RECOMPUTATION)  # type: ignore[attr-defined]
     try:
@@ -126,11 +128,15 @@ def _in_use(module: nn.Module) -> Iterator[None]:
 
 
 def forget_engine(model: EspalierModel) -> None:
-    """Removes what an engine's ZeRO 3 leaves on the model, so that it dies and another can be built around it.
+    """Removes what an engine's ZeRO 3 leaves on the model, so that the engine is freed and another can be built.
 
-    DeepSpeed 0.19.8 leaves on every module the closures of its backward hooks, which the next engine would go on using,
-    and the dictionary of the parameters it had; on every parameter its optimizer; the model on a stack of its own; and
-    the coordinator of the parameters, with all of them, in a cache of one of its methods.
+    DeepSpeed 0.19.8 leaves these references:
+
+    - on every module the closures of its backward hooks, which the next engine would go on using, and the dictionary of
+      the parameters it had;
+    - on every parameter its optimizer;
+    - the model on a stack of DeepSpeed's own;
+    - the coordinator of the parameters, with all of them, in a cache of one of its methods.
     """
     instrumented = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     inspect.getclosurevars(instrumented).nonlocals["func"].cache_clear()

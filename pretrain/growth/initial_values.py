@@ -1,6 +1,6 @@
 """The values a run started from: drawn from its seed, or read from the consolidated folder it began with.
 
-Nothing of them is saved in a checkpoint. They are the reference of every cumulative update, W - W₀.
+Checkpoints do not hold them. Every cumulative update, W - W₀, is measured from them.
 """
 
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ class InitialValues:
         self._folder = None if start_from is None else ConsolidatedModel(Path(start_from))
 
         self.ranks = config.initial_ranks() if self._folder is None else self._folder.ranks
-        """At the start, by `Projection.name`."""
+        """Ranks at the start, by `Projection.name`."""
 
     def shard(self, name: str, layout: TensorLayout) -> Tensor:
-        """This process's part of parameter `name`, fp32, on the CPU; `layout` may be that of a factor that has grown
-        since."""
+        """This process's part of the first value of parameter `name`, fp32, on the CPU; `layout` may be that of a
+        factor that has grown since."""
         owner, _, leaf = name.rpartition(".")
         shape = list(layout.full_shape)
         if leaf in ("A", "B"):
@@ -63,10 +63,10 @@ def initial_model(config: RunConfig) -> EspalierModel:
 
 
 def check_start(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raises what is wrong with `checkpoint.start_from`, before a new run of `config` has written anything.
+    """Checks `checkpoint.start_from` before a new run of `config` writes anything; ConfigError or CheckpointError.
 
-    Ranks are the folder's own. `rank.initial`, with which the settings of a policy were checked, must be the same,
-    unless the folder's layers differ in rank.
+    The run starts with the folder's ranks. If all its layers have one rank, `rank.initial` must be the same, since the
+    settings of the policy were checked with it.
     """
     if config.checkpoint.start_from is None:
         return
@@ -100,7 +100,8 @@ def check_start(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_ranks(config: RunConfig, ranks: Mapping[str, int], origin: str) -> None:
-    """ConfigError if the policy of `config` cannot go on from the `ranks` that `origin` has."""
+    """ConfigError if the policy of `config` cannot go on from these `ranks`; `origin` names their source in the
+    error."""
     try:
         check_start_ranks(config.rank, factored_projections(config.model), ranks)
     except ValueError as error:
@@ -108,8 +109,8 @@ def check_ranks(config: RunConfig, ranks: Mapping[str, int], origin: str) -> Non
 
 
 def check_same_start(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """ConfigError if updates are measured, and the run with config `saved` that is continued did not start where
-    `config` says."""
+    """ConfigError if updates are measured, and the continued run, whose config was `saved`, started from other values
+    than `config` says."""
     policy = build_policy(config.rank, config.train.steps)
     if not config.rank.track and "update" not in policy.needs:
         return

@@ -34,7 +34,7 @@ from pretrain.policies.gradient import PROBED_STEPS
 
 @dataclass(frozen=True)
 class Demand:
-    """What one layer asks for."""
+    """New directions that one layer asks for."""
 
     energies: Tensor
     """`(<= k,)` agreed energy along each direction, largest first, fp64."""
@@ -43,7 +43,7 @@ class Demand:
 
 
 class GradientProbe:
-    """Measures in the training steps before each decision. `count`: directions a layer, `seed`: of the run."""
+    """Measures in the training steps before each decision. `count`: directions per layer; `seed`: the run's."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
@@ -57,9 +57,10 @@ class GradientProbe:
         return bool(self._ranges)
 
     def attach(self, model: EspalierModel, step: int, steps_left: int) -> None:
-        """Before the forward passes of training step `step`, with `steps_left` (3, 2, 1) steps to the decision.
+        """Attaches the probes, before the forward passes of training step `step`; `steps_left` (3, 2, 1) to the
+        decision.
 
-        Without the steps before it (settings were changed on resume) a step measures nothing.
+        A step measures nothing if the steps before it did not (settings were changed on resume).
         """
         if steps_left == PROBED_STEPS:
             self.forget()
@@ -78,7 +79,8 @@ class GradientProbe:
             layer.probe = Probe(A, B)
 
     def collect(self, model: EspalierModel, loss_scale: float) -> None:
-        """After the last backward pass of the step: takes the gradients and removes the probes; a collective."""
+        """Takes the probes' gradients and removes the probes, after the last backward pass of the step; a
+        collective."""
         for name, layer in model.factored_layers().items():
             probe = layer.probe
             if probe is None:
@@ -100,8 +102,8 @@ class GradientProbe:
                 self._first[name] = gradient
 
     def demand(self, model: EspalierModel) -> dict[str, Demand]:
-        """What every layer asks for, from the last three steps; a collective. A layer that was not measured, or whose
-        gradient was not finite (a skipped step), asks for nothing."""
+        """The demand of every layer, by name, from the last three steps; a collective. It is empty for a layer that was
+        not measured, or whose gradient was not finite (a skipped step)."""
         found, layouts = {}, tensor_layouts(model)
         for name, layer in model.factored_layers().items():
             columns = self._layout(layouts, "first", name).shard_shape(tensor_size())[1]
@@ -128,7 +130,7 @@ class GradientProbe:
     # Between two probed steps -----------------------------------------------------------------------------------------
 
     def tensors(self, model: EspalierModel) -> dict[str, Tensor]:
-        """What was measured so far, as whole tensors by name; empty outside a measurement. A collective."""
+        """Whole tensors that were measured so far, by name; empty outside a measurement. A collective."""
         kept, layouts = {}, tensor_layouts(model)
         for kind, store in self._stores().items():
             for name, shard in store.items():
@@ -138,7 +140,8 @@ class GradientProbe:
         return kept
 
     def load(self, model: EspalierModel, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `tensors` gave; nothing if it was measured in another number of directions or another model."""
+        """Restores what `tensors` gave; drops it if it was measured with another number of directions or another
+        model."""
         device, stores, layers = next(model.parameters()).device, self._stores(), model.factored_layers()
         layouts = tensor_layouts(model)
         for key, tensor in tensors.items():
@@ -153,7 +156,7 @@ class GradientProbe:
         return {"range": self._ranges, "first": self._first, "second": self._second}
 
     def _layout(self, layouts: Mapping[str, TensorLayout], kind: str, name: str) -> TensorLayout:
-        """Of what is measured of a layer, by the `layouts` of the model's parameters."""
+        """Layout of one kind of measured tensor of a layer, from the `layouts` of the model's parameters."""
         factor = layouts[f"{name}.{'B' if kind == 'range' else 'A'}"]
         rows, columns = factor.full_shape
         shape = (rows, self._count) if kind == "range" else (self._count, columns)
@@ -165,10 +168,10 @@ def _no_demand(rows: Tensor) -> Demand:
 
 
 def _agreed_demand(first: Tensor, second: Tensor, layer: LayerWithFactors) -> Demand:
-    """From `first` and `second`, both Qᵀ G `(k, in/tp)` of independent batches.
+    """The demand on which `first` and `second` agree, both Qᵀ G `(k, in/tp)` of independent batches; a collective.
 
-    Eigenvectors may come in another sign or order on another processor: those of process 0 count, so that every shard
-    and every copy of the model grows alike.
+    Another processor may return eigenvectors with other signs or in another order. Those of process 0 count, so that
+    every shard and every copy of the model grows alike.
     """
     sharded = is_sharded(layer.A)
     both = torch.cat([first, second]).t()

@@ -48,17 +48,17 @@ class Answer:
     """What the policy wants, and what asking it cost."""
 
     plan: RankPlan | None
-    """None: ranks stay."""
+    """New ranks; None if ranks stay."""
     directions: Mapping[str, Tensor]
     """Measured rows `(any, in/tp)` for layers that grow, by `Projection.name`."""
     seconds: float
-    """Of measuring and deciding, and what probed steps took more than the steps between."""
+    """Seconds of measuring and deciding, and those by which probed steps were longer than the other ones."""
     flops: float
-    """Of Gram matrices, and of the probes in the steps before."""
+    """FLOPs of Gram matrices, and of the probes in the steps before."""
 
 
 class RankControl:
-    """The deciding part of one run."""
+    """Decides about the ranks of one run."""
 
     def __init__(self, config: RunConfig, model: EspalierModel) -> None:
         self._config = config
@@ -90,8 +90,8 @@ class RankControl:
         return Answer(plan, directions, time.perf_counter() - start + self._extra_seconds(), flops)
 
     def mean_untrained_rank(self, model: EspalierModel) -> float | None:
-        """The null of the policy: the mean rank it would reach if training never changed the factors; None where it
-        would not grow them."""
+        """The mean rank that the policy would reach if training never changed the factors (the policy's null); None if
+        it would not grow them."""
         if not self._policy.grows_untrained:
             return None
         layers = layer_measurements(model, RankMeasurement(product=measure_spectra(model)))
@@ -125,8 +125,8 @@ class RankControl:
         """Whether a decision waits for the gradient of training step `step`."""
         return self._steps_to_decision(step) is not None
 
-    def took(self, step: int, seconds: float) -> None:
-        """Notes how long training step `step` took."""
+    def note_seconds(self, step: int, seconds: float) -> None:
+        """Notes the seconds of training step `step`."""
         if self._probe is not None:
             (self._probed_seconds if self.probes(step) else self._plain_seconds).append(seconds)
 
@@ -138,7 +138,7 @@ class RankControl:
     # Costs ------------------------------------------------------------------------------------------------------------
 
     def _flops(self, model: EspalierModel, step: int) -> float:
-        """Of what the coming decision is told: Gram matrices, and the probes of the steps before."""
+        """FLOPs of the measurements for the coming decision: Gram matrices, and the probes of the steps before."""
         config, ranks, flops = self._config.model, model.ranks(), 0
         if "product" in self._policy.needs:
             flops += gram_flops(config, ranks)
@@ -155,8 +155,8 @@ class RankControl:
         return float(flops)
 
     def _extra_seconds(self) -> float:
-        """What probed steps took more since the last decision than the plain ones between, by medians, since steps have
-        outliers of their own; 0 without either."""
+        """Seconds by which the probed steps since the last decision were longer than the plain ones; 0 if there are
+        none of either kind. It compares medians, since single steps can be far longer than others."""
         plain, probed = self._plain_seconds, self._probed_seconds
         self._plain_seconds, self._probed_seconds = [], []
         return len(probed) * (statistics.median(probed) - statistics.median(plain)) if plain and probed else 0.0
@@ -164,13 +164,13 @@ class RankControl:
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def extra_files(self, model: EspalierModel, stack: ExitStack) -> dict[str, Path]:
-        """What a checkpoint keeps of a measurement in progress: files that last as long as `stack`, on process 0, from
-        which checkpoints take extra files. A collective."""
+        """Files of a measurement in progress, for a checkpoint; a collective. They exist on process 0, from which
+        checkpoints take extra files, until `stack` is closed."""
         measured = {} if self._probe is None else self._probe.tensors(model)
         return {PROBE_NAME: together(lambda: _written_probe(measured, stack))} if measured else {}
 
     def restore(self, model: EspalierModel, reader: CheckpointReader) -> None:
-        """Goes on with a measurement that was in progress when the checkpoint was written."""
+        """Continues a measurement that was in progress when the checkpoint was written."""
         if self._probe is not None and PROBE_NAME in reader.extra_files:
             handle, shapes = open_tensors(reader.extra_file(PROBE_NAME))
             self._probe.load(model, {name: handle.get_tensor(name) for name in shapes})

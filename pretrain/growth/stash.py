@@ -13,13 +13,13 @@ side for a while, and where the state waits depends on where there is room:
 - other state on a device waits in host memory
 - state in host memory (no GPU, or an offloaded optimizer) waits in files of the system's temporary folder (`TMPDIR`)
 
-At no moment does a process hold more of a state beside these and its own share than one parameter's.
+Beside these and its own share, a process never holds more of a state than that of one parameter.
 
-From a device whole flat tensors are copied, in chunks, into page-locked memory, and the host waits once for all of
-them. Reckoned for S bytes (12 a number): S / 25 GB/s each way over PCIe 4, half of that over PCIe 5, and up to 1 s per
-GB for locking pages, in the first event alone, for torch keeps them for the next one. Two small staging buffers that
-drain into ordinary memory would lock next to nothing, but in every event one core would copy all once more into new
-pages, at 2 to 3 GB/s, and back again.
+Whole flat tensors are copied from a device, in chunks, into page-locked memory, and the host waits once for all of
+them. The estimated time for S bytes (12 a number) is S / 25 GB/s each way over PCIe 4, and half of that over PCIe 5.
+Locking pages takes up to 1 s per GB, in the first event alone, since torch keeps them for the next one. Two small
+staging buffers that drain into ordinary memory would lock next to nothing. But one core would then copy everything once
+more in every event, into new pages and back, at 2 to 3 GB/s.
 """
 
 import tempfile
@@ -43,15 +43,17 @@ from pretrain.engine.zero3 import held, shape_of
 from pretrain.errors import EspalierError
 
 _CHUNK_BYTES = 64 * 2**20
-"""Of a copy to the host: a power of two, to which torch rounds page-locked blocks."""
+"""Bytes of one copy to the host: a power of two, since torch rounds page-locked blocks up to one."""
 _LOCKED_SHARE = 0.5
-"""Of the machine's memory that the stashes of its processes may lock; the rest of a larger state waits in ordinary
-memory, which the device fills at a fifth of the speed."""
+"""Share of the machine's memory that the stashes of its processes may lock. The rest of a larger state waits in
+ordinary memory, which the device fills at a fifth of the speed."""
 
 
 class Stash:
-    """What this process owns of every parameter, from an engine that is about to be torn down; a context manager, and
-    a collective to enter. `growth`: parameters after the event, as a multiple of those now."""
+    """What this process owns of every parameter's state, taken from an engine that is about to be torn down.
+
+    A context manager; building one is a collective. `growth`: parameters after the event, as a multiple of those now.
+    """
 
     def __init__(self, engine: DeepSpeedEngine, growth: float) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="espalier_stash_", ignore_cleanup_errors=True)
@@ -82,7 +84,7 @@ class Stash:
         spare_bytes = _spare_device_bytes(growth, self._weight_bytes) if on_device else 0.0
         staying, leaving = staying_and_leaving(on_device, spare_bytes)
         self._keep(staying)
-        # The same in every event of a run, so that torch finds the last one's chunks again.
+        # The same in every event of a run, so that torch reuses the page-locked chunks of the last one.
         lockable = _LOCKED_SHARE * psutil.virtual_memory().total / processes_of_machine(dist.get_world_size())
         self._keep(host_copies(leaving, _CHUNK_BYTES, lockable))
         synchronize()  # before anyone frees or overwrites what is being copied
@@ -105,7 +107,8 @@ class Stash:
             ) from error
 
     def take(self, name: str, key: str) -> Tensor:
-        """One parameter's whole shard of one state on every data-parallel process; once, and a collective over them."""
+        """One parameter's whole shard of one state, on every data-parallel process: a collective over them. Each shard
+        can be taken once."""
         return gather(self._fragments(name, key), self._shapes[name], self._device)
 
     def _fragments(self, name: str, key: str) -> Iterator[Fragment]:
@@ -118,13 +121,13 @@ class Stash:
 
 
 def _spare_device_bytes(growth: float, weight_bytes: int) -> float:
-    """Bytes of this process's device on which state may stay, by this module's equation; negative where there are
-    none."""
+    """Bytes of this process's device that may keep state, by this module's equation; negative if there are none."""
     return torch.cuda.max_memory_allocated() - growth * (torch.cuda.memory_allocated() + weight_bytes)
 
 
 def staying_and_leaving(fragments: Iterable[Fragment], spare_bytes: float) -> tuple[list[Fragment], list[Fragment]]:
-    """Fragments whose flat tensors, which are freed as a whole, fit into `spare_bytes` together; and the others."""
+    """The fragments whose flat tensors fit into `spare_bytes` together, and the others. A flat tensor is freed as a
+    whole."""
     staying: list[Fragment] = []
     leaving: list[Fragment] = []
     for inside in _by_storage(fragments):
@@ -138,7 +141,7 @@ def staying_and_leaving(fragments: Iterable[Fragment], spare_bytes: float) -> tu
 
 
 def _by_storage(fragments: Iterable[Fragment]) -> list[list[Fragment]]:
-    """Those of one flat tensor together."""
+    """The fragments, grouped by the flat tensor that they are views of."""
     storages: dict[int, list[Fragment]] = {}
     for fragment in fragments:
         storages.setdefault(fragment.values.untyped_storage().data_ptr(), []).append(fragment)
@@ -146,8 +149,8 @@ def _by_storage(fragments: Iterable[Fragment]) -> list[list[Fragment]]:
 
 
 def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes: float) -> Iterator[Fragment]:
-    """The fragments in host memory, in pieces where a chunk ends inside them; from a device they have arrived after
-    `synchronize`.
+    """The fragments in host memory. A fragment in which a chunk ends comes in pieces. Copies from a device are complete
+    after `synchronize`.
 
     What lies in one storage is copied as one range, gaps included, in chunks of at most `chunk_bytes`, however many
     fragments it holds; the first `lockable_bytes` into page-locked memory.
@@ -167,7 +170,7 @@ def host_copies(fragments: Iterable[Fragment], chunk_bytes: int, lockable_bytes:
 
 
 def _pieces(fragment: Fragment, place: int, chunk: int, copies: Sequence[Tensor]) -> Iterator[Fragment]:
-    """The fragment's values out of `copies` of a flat tensor, each of `chunk` numbers, in which it starts at
+    """The fragment's values out of `copies`, the chunks of `chunk` numbers of a flat tensor; it starts there at
     `place`."""
     end = place + fragment.values.numel()
     for number in range(place // chunk, -(-end // chunk)):
@@ -177,8 +180,8 @@ def _pieces(fragment: Fragment, place: int, chunk: int, copies: Sequence[Tensor]
 
 
 def host_copy(values: Tensor, locked: bool = True) -> Tensor:
-    """The values in host memory of their own, page-locked where they come from a device, if `locked`; from there they
-    have arrived after `synchronize`."""
+    """A copy of the values in host memory; page-locked if `locked` and they come from a device. Then it is complete
+    after `synchronize`."""
     locked = locked and values.device.type == "cuda"
     host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=locked)
     return host.copy_(values.detach(), non_blocking=True)

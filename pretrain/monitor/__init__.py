@@ -1,1 +1,1 @@
-"""What people look at while a run goes and after it."""
+"""Everything that a run shows to people, during the run and after it."""

@@ -1,9 +1,9 @@
-"""The TensorBoard files of a run: scalars, pictures, events as text and as marks on the loss, settings, and the charts
-it opens with.
+"""Writes a run's TensorBoard files: scalars, pictures, events as text and as marks on the loss, settings, and the first
+charts.
 
 TensorBoard's horizontal axis is a whole number, the step. The loss against FLOPs and against seconds therefore has
-writers of its own, in folders that TensorBoard shows as runs of their own: there the "step" counts 10⁹ FLOPs, or
-seconds. The tags are the same in every run, so any runs that are shown together are drawn over each other.
+separate writers, in folders that TensorBoard shows as separate runs: there the "step" counts 10⁹ FLOPs, or seconds. The
+tags are the same in every run, so runs that are shown together share their charts.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ from pretrain.monitor.spectrum_report import TRACKING_CHARTS
 from pretrain.monitor.spending import Spending
 
 UNMARKED = ("validation", "decision", "null", "checkpoint")
-"""Kinds of events that are curves of their own, come before the first loss, or are too many."""
+"""Kinds of events without a mark on the loss: they have curves of their own, come before the first loss, or are too
+many."""
 CHARTS = {
     "Espalier": {
         "loss, with events": ["Multiline", ["train/lm_loss", "validation/lm_loss", "event/.*"]],
@@ -44,13 +45,13 @@ _SETTINGS = {
     "deepspeed": ("stage",),
     "run": ("seed",),
 }
-"""What the table of hyperparameters has."""
+"""Settings in the table of hyperparameters, by section."""
 _FIRST_SETTINGS = ("model.parametrization", "optimizer.learning_rate", "rank.budget", "rank.initial", "rank.policy")
-"""The columns of it that are shown unasked: TensorBoard takes five."""
+"""Columns of the table of hyperparameters that are shown at first; TensorBoard shows five."""
 
 
 class Board:
-    """Writes; whatever cannot be written is an OSError."""
+    """Writes one run's TensorBoard files; OSError if something cannot be written."""
 
     def __init__(self, folder: Path, config: RunConfig, resumed_step: int, spending: Spending) -> None:
         self._main = _writer(folder, resumed_step)
@@ -67,7 +68,7 @@ class Board:
             self._main.add_scalar(tag, value, step)
 
     def loss(self, name: str, lm_loss: float, spending: Spending) -> None:
-        """A loss of training or of validation, at what was spent on it; the scalars have it by steps."""
+        """Writes a loss of training or validation against FLOPs and seconds; against steps it is one of the scalars."""
         self._by_gflops.add_scalar(f"by_gflops/{name}", lm_loss, _gflops(spending))
         self._by_seconds.add_scalar(f"by_seconds/{name}", lm_loss, round(spending.seconds))
 
@@ -75,7 +76,7 @@ class Board:
         self._main.add_figure(tag, figure, step)
 
     def event(self, step: int, kind: str, facts: Mapping[str, Any], lm_loss: float | None) -> None:
-        """An event as text; and as a mark at the height of the last loss, where there is one."""
+        """Writes an event as text, and as a mark at the height of the last loss, if there is one."""
         rows = [f"| {name} | {_shown(value)} |" for name, value in facts.items() if not isinstance(value, Mapping)]
         self._main.add_text(f"event/{kind}", "\n".join([f"| {kind} | step {step} |", "|---|---|", *rows]), step)
         if lm_loss is not None and kind not in UNMARKED:
@@ -96,7 +97,7 @@ def memory_scalars() -> dict[str, float]:
 
 
 def _writer(folder: Path, reached: int) -> SummaryWriter:
-    """What an earlier life wrote behind `reached` is taken back."""
+    """A writer into `folder`; TensorBoard drops what an earlier start of the run wrote there after `reached`."""
     return SummaryWriter(str(folder), purge_step=reached + 1 if reached else 0, flush_secs=10)
 
 
@@ -110,7 +111,8 @@ def _hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
 
 
 def _put_first(summary: Summary) -> None:
-    """TensorBoard sorts settings by name, those that are declared to differ between runs before the others."""
+    """Declares the first settings to differ between runs: TensorBoard shows those before the others, each sorted by
+    name."""
     data = summary.value[0].metadata.plugin_data
     declared = HParamsPluginData.FromString(data.content)
     for setting in declared.experiment.hparam_infos:
@@ -119,6 +121,6 @@ def _put_first(summary: Summary) -> None:
 
 
 def _shown(value: object) -> str:
-    """One cell of a table of Markdown, which TensorBoard itself keeps free of HTML."""
+    """Text of one cell of a Markdown table; TensorBoard itself removes HTML."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return " ".join(text.replace("|", "\\|").split())

@@ -1,5 +1,4 @@
-"""What a run says on the terminal: a progress line that is redrawn, or a line for each logged step where there is no
-terminal."""
+"""Prints a run's progress: one line that is redrawn, or without a terminal one line for each logged step."""
 
 import sys
 import time
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Process 0's voice; `silent`, it says nothing."""
+    """Prints for process 0; prints nothing if `silent`."""
 
     def __init__(self, steps: int, resumed_step: int, *, silent: bool) -> None:
         self._steps, self._first_step, self._silent, self._began = steps, resumed_step, silent, time.monotonic()
@@ -19,7 +18,7 @@ class Console:
             self._bar = tqdm(total=steps, initial=resumed_step, unit="step", dynamic_ncols=True)
 
     def progress(self, step: int, shown: Mapping[str, str]) -> None:
-        """A logged step."""
+        """Shows a logged step."""
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -10,7 +10,7 @@ from model.config import Projection
 
 
 class Place(Protocol):
-    """Where in the stack a spectrum belongs: what `Projection` has."""
+    """Place of a spectrum in the stack; `Projection` is one."""
 
     @property
     def name(self) -> str: ...
@@ -21,7 +21,7 @@ class Place(Protocol):
 
 
 class StreamPlace(NamedTuple):
-    """The residual stream behind a layer."""
+    """Place of the residual stream after a layer."""
 
     name: str
     layer: int
@@ -29,7 +29,7 @@ class StreamPlace(NamedTuple):
 
 
 def rank_map(history: Sequence[tuple[int, Mapping[str, int]]], last_step: int, layers: Sequence[Projection]) -> Figure:
-    """One row per factored layer, step to the right, rank as colour.
+    """A map with one row per factored layer, the step to the right and the rank as colour.
 
     `history`: the steps at which ranks changed, ascending, with the ranks from there on.
     """
@@ -39,10 +39,10 @@ def rank_map(history: Sequence[tuple[int, Mapping[str, int]]], last_step: int, l
 
 
 def effective_rank_map(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
-    """One row per layer, step to the right, effective rank as colour.
+    """A map with one row per layer, the step to the right and the effective rank as colour.
 
-    `history`: the steps of the measurements, ascending, with effective ranks by layer label; each fills the map from
-    the measurement before it on.
+    `history`: the steps of the measurements, ascending, with effective ranks by layer label. Each measurement fills the
+    map back to the one before it.
     """
     labels = list(history[-1][1])
     values = np.array([[moment.get(label, np.nan) for _, moment in history] for label in labels])
@@ -62,7 +62,7 @@ def _layer_map(edges: Sequence[int], values: np.ndarray, labels: Sequence[str], 
 
 
 def spectrum_curves(spectra: Mapping[str, np.ndarray], layers: Sequence[Place]) -> Figure:
-    """Singular values over the largest one, one panel per kind of place, one line per layer."""
+    """Curves of singular values divided by the largest one; one panel per kind of place, one line per layer."""
     shown = [layer for layer in layers if layer.name in spectra]
     kinds = list(dict.fromkeys(layer.kind for layer in shown))
     depth = max(layer.layer for layer in shown) or 1

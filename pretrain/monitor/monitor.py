@@ -3,8 +3,8 @@
 Process 0 has an active monitor; those of the other processes do nothing, so the training loop has no branches. `step`
 counts the optimizer steps taken.
 
-Training never ends because it could not be shown: a writer that fails with an OSError (a full disk) is warned about
-once and left alone from then on. A failed checkpoint is another matter (`pretrain/checkpoint/saver.py`).
+Training never ends because it could not be shown: a writer that fails with an OSError (a full disk) is switched off
+after one warning. A failed checkpoint is another matter (`pretrain/checkpoint/saver.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ SPECTRA_FILE = "spectra.json"
 
 
 class Monitor:
-    """Everything a run shows. `ranks` are those the model has now, `state` is what a resumed checkpoint says."""
+    """Shows a run. `ranks`: the model's present ones; `state`: the state at the start or of the resumed checkpoint."""
 
     def __init__(
         self,
@@ -85,12 +85,13 @@ class Monitor:
         self._tracking.cut(resumed_step)
         self._tracked = [(line["step"], effective_ranks_of_updates(line)) for line in self._tracking.read()]
         logged = self._metrics.read()
-        if logged and "training_flops" in logged[-1]:  # lines of earlier versions have none
-            self._spending.take_up(logged[-1], resumed_step)
+        if logged and "training_flops" in logged[-1]:  # lines of earlier versions lack it
+            self._spending.continue_from(logged[-1], resumed_step)
         self._board = Board(self._folder / "tensorboard", self._config, resumed_step, self._spending)
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:
-        """A step; the first, the last and every train.log_every-th are shown, with the pace since the one before."""
+        """Takes a step's metrics; the first, the last and every train.log_every-th are shown, with the pace since the
+        last one shown."""
         if not self._active:
             return
         self._since_logged.append(metrics)
@@ -123,7 +124,7 @@ class Monitor:
         self._progress(step, metrics, tokens_per_second)
 
     def validation(self, step: int, found: Mapping[str, Validation]) -> None:
-        """A validation, by the name of the held-out set; the first one stands under `validation/` alone as well."""
+        """Shows validations, by the name of the held-out set; the first one also under plain `validation/`."""
         if not self._active:
             return
         first = next(iter(found.values()))
@@ -136,7 +137,7 @@ class Monitor:
         self.event("validation", step, **first.facts(), **({"sets": named} if named else {}))
 
     def decision(self, step: int, seconds: float, flops: float) -> None:
-        """A policy was asked: how long that took, without any growth, and the FLOPs of what it was told."""
+        """Shows a policy's decision: its seconds, without those of growth, and the FLOPs of its measurements."""
         if not self._active:
             return
         self._spending.seconds += seconds
@@ -144,7 +145,7 @@ class Monitor:
         self._scalars(step, {"time/decision_seconds": seconds})
 
     def growth(self, growth: GrowthRecord) -> None:
-        """A growth event: ranks have changed."""
+        """Shows a growth event, after which ranks have changed."""
         if not self._active:
             return
         step, logit_change = growth.step, growth.logit_change
@@ -161,7 +162,7 @@ class Monitor:
         self._show_ranks(step)
 
     def spectra(self, step: int, singular_values: Mapping[str, ArrayLike]) -> None:
-        """Singular values of the factored layers by `Projection.name`, largest first."""
+        """Shows singular values of the factored layers, by `Projection.name`, largest first."""
         if not self._active or not singular_values:
             return
         spectra = {name: np.asarray(values) for name, values in singular_values.items()}
@@ -178,7 +179,7 @@ class Monitor:
         replace_text(self._folder / SPECTRA_FILE, json_text({"step": step, "singular_values": values}) + "\n")
 
     def tracking(self, step: int, measurement: Measurement) -> None:
-        """Spectra of updates, gradients and representations: `rank.track`."""
+        """Shows spectra of updates, gradients and representations (`rank.track`)."""
         if not self._active:
             return
         record = {"step": step, **tracking_record(measurement, self._labels)}
@@ -195,14 +196,14 @@ class Monitor:
         self._figure(step, "track/update/effective_rank_map", lambda: figures.effective_rank_map(self._tracked))
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
-        """Something worth a line: a checkpoint, a resume, a fault."""
+        """Records an event, such as a checkpoint, a resume or a fault."""
         if not self._active:
             return
         self._record(kind, step, facts)
         self._console.event(kind, step, facts)
 
     def summary(self, facts: Mapping[str, Any]) -> None:
-        """Shows and keeps what `pretrain.monitor.summary.summarize` found."""
+        """Shows the facts that `pretrain.monitor.summary.summarize` returned, and writes them to a file."""
         if not self._active:
             return
         self._attempt(lambda: replace_text(self._folder / "summary.json", json_text(dict(facts), indent=2) + "\n"))
@@ -215,7 +216,7 @@ class Monitor:
             self._attempt(self._board.close)
 
     def _attempt(self, write: Callable[[], None]) -> bool:
-        """Runs a write; a full disk is worth one warning, not the run."""
+        """Runs `write`; an OSError, such as a full disk, gives one warning and does not end the run."""
         try:
             write()
         except OSError as error:
@@ -230,7 +231,7 @@ class Monitor:
     def _to_board(self, write: Callable[[Board], None]) -> None:
         board = self._board
         if board is not None and not self._attempt(lambda: write(board)):
-            self._board = None  # its background thread is gone: it raises the same error for ever
+            self._board = None  # its background thread has ended: it would raise the same error for ever
 
     def _scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._to_board(lambda board: board.scalars(step, scalars))
@@ -246,7 +247,7 @@ class Monitor:
         self._figure(step, "rank/map", lambda: figures.rank_map(history, steps, self._layers))
 
     def _rank_scalars(self) -> dict[str, float]:
-        """Written at every logged step, so that ranks show as the steps they are."""
+        """Scalars of ranks. They are written at every logged step, so that their curves are staircases."""
         if not self._ranks:
             return {}
         return {

@@ -13,11 +13,11 @@ from pretrain.provenance import git_revision, installed_versions
 CONFIG_FILE = "config.yaml"
 SIGNATURE = "# Espalier run"
 LOGS_FOLDER = "logs"
-"""Of the processes of a run over several nodes."""
+"""Folder of the processes' logs in a run over several nodes."""
 
 
 def refuse_foreign_folder(folder: Path, expected: Sequence[str] = ()) -> None:
-    """ConfigError if `folder` holds something that is not a run of ours: we write nothing among others' files.
+    """ConfigError if `folder` holds something that is not a run of ours: nothing is written among other files.
 
     `expected`: what may lie in a new folder, such as the run's own corpus (with any suffix) and tokenizer.
     """

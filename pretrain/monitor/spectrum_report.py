@@ -1,4 +1,4 @@
-"""What is said about spectra: a few numbers for each, TensorBoard tags, and the line of `tracking.jsonl`."""
+"""Reports spectra: a few numbers for each, TensorBoard tags, and lines of `tracking.jsonl`."""
 
 import math
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ class Measurement:
     """Singular values, largest first. What was not measured, or was not finite, is absent."""
 
     update: dict[str, np.ndarray]
-    """By `Projection.name`, `(min(out, in),)`, or `(2 rank,)` of factors."""
+    """Spectra by `Projection.name`, `(min(out, in),)`, or `(2 rank,)` of factors."""
     gradient: dict[str, np.ndarray]
-    """By `Projection.name`, of dense projections."""
+    """Spectra of dense projections, by `Projection.name`."""
     representation: dict[str, np.ndarray]
-    """By layer, `layer_00` and so on, `(hidden,)`: standard deviations along the principal directions."""
+    """Standard deviations `(hidden,)` along the principal directions, by layer (`layer_00` and so on)."""
     seconds: float
 
 
@@ -54,7 +54,7 @@ def spectrum_scalars(singular_values: np.ndarray) -> dict[str, float]:
 
 
 def tracking_record(measurement: Measurement, labels: Mapping[str, str]) -> dict[str, Any]:
-    """One line of `tracking.jsonl`: of each quantity and layer the numbers, and the singular values, rounded.
+    """One line of `tracking.jsonl`: for each quantity and layer the numbers and the rounded singular values.
 
     `labels`: short names by `Projection.name`.
     """
@@ -75,7 +75,7 @@ def _described(singular_values: np.ndarray) -> dict[str, Any]:
 
 
 def rounded(singular_values: np.ndarray) -> list[float]:
-    """For files."""
+    """Singular values rounded for files."""
     return [float(f"{value:.{_DIGITS}g}") for value in singular_values]
 
 
@@ -94,5 +94,5 @@ def tracking_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def effective_ranks_of_updates(record: Mapping[str, Any]) -> dict[str, float]:
-    """By layer label, from one line of `tracking.jsonl`."""
+    """Effective ranks of the updates in one line of `tracking.jsonl`, by layer label."""
     return {layer: numbers["effective_rank"] for layer, numbers in record["update"].items()}

@@ -12,7 +12,7 @@ from model.costs.arithmetic import training_flops_per_token
 
 
 class Spending:
-    """Adds up steps; `flops` and `seconds` are what all of them took."""
+    """Sums of a run so far: `flops` executed, and `seconds` of training."""
 
     def __init__(self, model: ModelConfig, ranks: Mapping[str, int]) -> None:
         self.flops, self.seconds = 0.0, 0.0
@@ -20,16 +20,16 @@ class Spending:
         self.set_ranks(ranks)
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Of the steps from now on."""
+        """Sets the ranks of the coming steps."""
         self._flops_per_sequence = self._model.sequence_length * training_flops_per_token(self._model, ranks)
 
     def step(self, sequences: int, seconds: float) -> None:
         self.flops += sequences * self._flops_per_sequence
         self.seconds += seconds
 
-    def take_up(self, line: Mapping[str, Any], step: int) -> None:
-        """Goes on from a line of `metrics.jsonl`; of the steps between it and `step`, which were not logged, each is
-        taken to have cost what the line's own did."""
+    def continue_from(self, line: Mapping[str, Any], step: int) -> None:
+        """Continues from a line of `metrics.jsonl`. The steps between that line and `step` were not logged: each is
+        assumed to have cost as much as the line's own."""
         unlogged = step - line["step"]
         self.flops = line["training_flops"] + unlogged * line["global_batch"] * self._flops_per_sequence
         self.seconds = line["training_seconds"] + unlogged * line["step_seconds"]

@@ -1,8 +1,8 @@
-"""What a run came to: loss, size and arithmetic against the dense model, growth, and what to do next.
+"""Summarizes a run: loss, size and arithmetic compared with the dense model, growth, and commands to go on with.
 
-FLOPs are counted from the ranks each step really had, by `model.costs.arithmetic`; against them stands the same number
-of tokens through the dense model. That ratio is arithmetic, not time: what of it is gained in seconds depends on the
-device.
+FLOPs are counted by `model.costs.arithmetic` from the ranks that each step really had, and compared with those of the
+same number of tokens through the dense model. The ratio counts arithmetic, not time: how many seconds it saves depends
+on the device.
 """
 
 import shlex
@@ -39,8 +39,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The facts of a run that stands at `state`.
 
-    `ranks` are the present ones, `lm_loss` and `validation` the last ones, `checkpoint` is the last one committed. The
-    perplexity of a masked objective is exp of the loss of a hidden token, a pseudo-perplexity.
+    `ranks`: the present ones; `lm_loss`, `validation`: the last ones; `checkpoint`: the last one committed. For a
+    masked objective the perplexity is exp of the loss of a hidden token, a pseudo-perplexity.
     """
     periods = state.rank_periods(ranks)
     executed, dense = executed_flops(config, periods)
@@ -74,7 +74,7 @@ def _mean(ranks: Mapping[str, int]) -> float:
 
 
 def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
-    """The facts for a reader at the end of a run, with the commands that follow."""
+    """The facts as text for the end of a run, with the commands to go on with."""
     validation = facts["validation_loss"]
     where = "training" if validation is None else "validation"
     loss = facts["lm_loss"] if validation is None else validation
@@ -82,9 +82,9 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
     lines = [
         f"step {facts['step']} of {facts['steps']}, {facts['consumed_tokens']:,} tokens, "
         f"{facts['skipped_steps']} steps skipped",
-        f"{where} loss {loss:.4f}, {_understanding(facts)}",
-        _against("parameters", facts["parameters"], facts["dense_parameters"], _sizes(facts)),
-        _against("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
+        f"{where} loss {loss:.4f}, {_perplexity_text(facts)}",
+        _compared_with_dense("parameters", facts["parameters"], facts["dense_parameters"], _sizes(facts)),
+        _compared_with_dense("training FLOPs", executed, facts["dense_training_flops"], f"{executed:.3e}"),
     ]
     if facts["mean_rank"] is not None:
         lines.append(f"mean rank {facts['mean_rank']:.1f} after {len(facts['growth'])} growth events:")
@@ -103,7 +103,7 @@ def summary_text(facts: Mapping[str, Any], folder: Path) -> str:
 
 
 def _export_commands(folder: Path, *, causal: bool) -> list[str]:
-    """How to take the model out of the run; transformers has no class for a masked one."""
+    """Commands that export the model; a masked model can only be consolidated, as transformers has no class for it."""
     merged = shlex.quote(str(folder / "consolidated"))
     consolidate = f"  python tools/consolidate_checkpoint.py --checkpoint {shlex.quote(str(folder))} --output {merged}"
     if not causal:
@@ -119,7 +119,8 @@ def _export_commands(folder: Path, *, causal: bool) -> list[str]:
     ]
 
 
-def _understanding(facts: Mapping[str, Any]) -> str:
+def _perplexity_text(facts: Mapping[str, Any]) -> str:
+    """Perplexity in words; for a masked objective also the share of hidden tokens that the model found."""
     if facts["objective"] == "causal":
         return f"perplexity {facts['perplexity']:.2f}"
     right = "" if facts["accuracy"] is None else f", {100.0 * facts['accuracy']:.1f} % of the hidden tokens found"
@@ -131,5 +132,6 @@ def _sizes(facts: Mapping[str, Any]) -> str:
     return f"{total:,}" if trained == total else f"{total:,} ({trained:,} trained, the others frozen)"
 
 
-def _against(name: str, ours: float, dense: float, shown: str) -> str:
+def _compared_with_dense(name: str, ours: float, dense: float, shown: str) -> str:
+    """`shown` with what `ours` is as a share of `dense`; without the share if `dense` is 0."""
     return f"{name} {shown}: {100.0 * ours / dense:.1f} % of the dense model's" if dense else f"{name} {shown}"

@@ -7,9 +7,9 @@ At every validation, and at the end, the singular values
     representation    of the residual stream behind each layer, over the tokens of the first validation micro-batch of
                       every data-parallel process: square roots of the eigenvalues of their covariance
 
-The claims this lets anyone look at: updates have a low rank that grows in the course of training (Zhao et al., InRank,
-arXiv 2306.11250), gradients are of low rank (Zhao et al., GaLore, arXiv 2403.03507). Gradients of factors have at most
-the factors' own rank by construction and are left out.
+These spectra test two claims: updates have a low rank that grows in the course of training (Zhao et al., InRank, arXiv
+2306.11250), and gradients are of low rank (Zhao et al., GaLore, arXiv 2403.03507). Gradients of factors are left out,
+since their rank is at most that of the factors.
 
 Nothing as large as a whole weight is gathered: hidden x hidden Gram matrices travel, one layer at a time. W0 is drawn
 again from seed and name, one layer at a time. Between `watch_gradients` and `measure` each process holds one fp32 copy
@@ -57,7 +57,7 @@ class Tracker:
         self._hooks: list[RemovableHandle] = []
 
     def watch_gradients(self, engine: DeepSpeedEngine) -> None:
-        """Adds up the gradients of the next step's micro-steps, which ZeRO will partition or free."""
+        """Starts to sum the gradients of the next step's micro-steps, before ZeRO partitions or frees them."""
         loss_scale = float(getattr(engine.optimizer, "cur_scale", 1.0))
         for projection in self._projections:
             if not projection.factored:
@@ -65,13 +65,14 @@ class Tracker:
                 self._hooks.append(weight.register_hook(partial(self._add, projection.name, 1.0 / loss_scale)))
 
     def _add(self, name: str, unscale: float, gradient: Tensor) -> None:
-        """DeepSpeed has divided the loss by the number of micro-steps, and multiplied it by the loss scale."""
+        """Adds one micro-step's gradient. DeepSpeed has divided the loss by the number of micro-steps, and multiplied
+        it by the loss scale, which `unscale` undoes."""
         unscaled = gradient.detach().float() * unscale
         self._gradients[name] = self._gradients[name] + unscaled if name in self._gradients else unscaled
 
     @torch.no_grad()
     def measure(self, engine: DeepSpeedEngine, batch: Mapping[str, Tensor] | None) -> Measurement:
-        """Spectra after the step; without a `batch` of validation samples there are none of representations."""
+        """Measures spectra after the step; those of representations only with a `batch` of validation samples."""
         start = time.perf_counter()
         gradient = self._gradient_spectra(engine.module)
         update = self._update_spectra(engine)
@@ -93,7 +94,8 @@ class Tracker:
         return spectra
 
     def _update_spectra(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
-        """From the masters: a 16-bit weight is rounded more coarsely than a short run changes it."""
+        """Spectra of the updates, from the masters: a 16-bit weight is rounded more coarsely than a short run changes
+        it."""
         masters = _master_fragments(engine)
         parameters, layouts = dict(engine.module.named_parameters()), tensor_layouts(engine.module)
 
@@ -130,7 +132,8 @@ class Tracker:
         return spectra
 
     def _principal_deviations(self, hidden: Tensor) -> Tensor:
-        """`hidden (seq, batch, hidden)`, or `hidden/tp` of it, to `(hidden,)`; a collective."""
+        """Standard deviations `(hidden,)` along the principal directions of `hidden (seq, batch, hidden)`, or of this
+        process's `hidden/tp` of it; a collective."""
         whole = hidden if hidden.shape[-1] == self._hidden else all_gathered(hidden)
         tokens = whole.flatten(0, 1).double()
         mean = tokens.mean(dim=0) / data_size()
@@ -151,7 +154,8 @@ def _master_fragments(engine: DeepSpeedEngine) -> dict[str, list[Fragment]]:
 
 
 def _finite(spectra: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """A step that fp16 skips has no finite gradient; all processes see the same reduced numbers."""
+    """The spectra without those that are not finite, such as gradients of a step that fp16 skips. All processes have
+    the same numbers, so they leave out the same ones."""
     if not spectra:
         return {}
     everything = torch.cat(list(spectra.values())).cpu().split([len(values) for values in spectra.values()])

@@ -10,8 +10,9 @@ numbers on a tensor-parallel process and e bytes a number, DeepSpeed 0.19.8 asks
 | 3     | reduce-scatter N·e, the same       | all-gather N·e twice a micro-step, less what stays gathered in between  |
 
 A ring of n processes sends 2·(n-1)/n of an all-reduce's message through each of them and (n-1)/n of the others'. A
-group inside a node has a device's link within nodes; a group over several nodes has, for all of its members in a node
-together, their links to other nodes, and no more than one device's link within. Each collective costs a latency beside.
+group inside a node sends over one device's link within the node. A group over several nodes sends over the network
+links of all its members in a node together, but no faster than one device's link within the node. Each collective costs
+a latency as well.
 """
 
 import math
@@ -26,13 +27,13 @@ from pretrain.planning.memory import Setup, gathered_numbers, optimizer_groups, 
 
 @dataclass(frozen=True)
 class Links:
-    """What connects devices; bytes a second are those one process can send."""
+    """What connects devices; bytes per second are what one process can send."""
 
     node_bytes_per_second: float
     network_bytes_per_second: float
-    """Of one device's share of its node's links to other nodes."""
+    """Speed of one device's share of its node's links to other nodes."""
     host_bytes_per_second: float
-    """Between a device and its node's memory."""
+    """Speed between a device and its node's memory."""
     node_latency_seconds: float
     network_latency_seconds: float
 
@@ -45,9 +46,10 @@ class Traffic:
     group: Group
     collectives: int
     bytes: int
-    """Of whole messages: the buffer of an all-reduce, the result of an all-gather, the input of a reduce-scatter."""
+    """Bytes of whole messages: the buffer of an all-reduce, the result of an all-gather, the input of a
+    reduce-scatter."""
     sent_bytes: float
-    """By this process, in a ring."""
+    """Bytes that this process sends, in a ring."""
     seconds: float
 
 
@@ -67,7 +69,8 @@ class CommunicationPlan:
 def plan_communication(
     model: ModelConfig, ranks: Mapping[str, int], setup: Setup, links: Links, devices_per_node: int
 ) -> CommunicationPlan:
-    """Of one step of one process, every micro-step included; scalars such as norms and overflow flags are left out."""
+    """All messages of one process in one step, with all its micro-steps; without scalars such as norms and overflow
+    flags."""
     tensor, data = setup.layout.tensor, setup.layout.data
     tensor_speed = _Speed(tensor, min(tensor, devices_per_node), links)
     data_speed = _Speed(data, max(min(data, devices_per_node // tensor), 1), links)
@@ -96,14 +99,15 @@ class _Speed:
         return min(self.links.node_bytes_per_second, self.in_a_node * self.links.network_bytes_per_second)
 
     def _latency_seconds(self) -> float:
-        """Of a tree inside a node and one over the nodes, which libraries prefer to a ring where latency counts."""
+        """Latency of one tree inside a node and one over the nodes; libraries prefer trees to rings where latency
+        counts."""
         nodes = math.ceil(self.processes / self.in_a_node)
         inside = math.log2(self.in_a_node) * self.links.node_latency_seconds
         return inside + math.log2(nodes) * self.links.network_latency_seconds
 
 
 def _tensor_messages(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> dict[str, list[Collective]]:
-    """Of all micro-steps of a step, by what they are for."""
+    """Tensor-parallel collectives of all micro-steps of a step, by what they are for."""
     if setup.layout.tensor == 1:
         return {}
     tokens = setup.micro_batch * model.sequence_length
@@ -148,7 +152,7 @@ def _data_messages(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -
 
 
 def _bucketed(message: Collective, setup: Setup) -> list[Collective]:
-    """Gradients go in buckets; the rest as one message, whose number matters little."""
+    """Messages in which it is sent: an all-reduce in buckets; anything else is counted as one, which changes little."""
     bucket = setup.zero.reduce_bucket_size * setup.element_bytes
     count = math.ceil(message.bytes / bucket) if message.kind == "all_reduce" else 1
     whole, rest = divmod(message.bytes, count)

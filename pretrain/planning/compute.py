@@ -10,10 +10,10 @@ since tensor cores work on whole tiles, and since a thin product, such as a fact
 
     step = (product_share · Σ priced FLOPs + (1 - product_share) · FLOPs of the dense model) / (efficiency · peak)
 
-The first term is products and attention, the second what lies between them: norms, loss, optimizer. That is taken to
-be as much in a factored model as in the dense one, since it does not shrink with the products (the optimizer does). For
-the dense model with large matrices the step is FLOPs / (efficiency · peak). Modelled, not measured; the waves in which
-tiles fill a device are left out.
+The first term is products and attention, the second what lies between them: norms, loss, optimizer. The second is
+assumed to be the same in a factored model as in the dense one, since it does not shrink with the products (only the
+optimizer does). For the dense model with large matrices the step is FLOPs / (efficiency · peak). This is a model, not a
+measurement; it leaves out the waves in which tiles fill a device.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,13 +35,13 @@ class Arithmetic:
     efficiency: float
     """Share of the peak that a step of the dense model reaches."""
     memory_bytes_per_second: float
-    """Of the device's own memory."""
+    """Speed of the device's own memory."""
     product_share: float
     """Share of the dense model's step that products and attention take."""
 
     @property
     def balance(self) -> float:
-        """FLOPs for each byte that is moved."""
+        """FLOPs that the device does while it moves one byte."""
         return PRODUCTS_AT_PEAK * self.peak_flops / (MEMORY_AT_PEAK * self.memory_bytes_per_second)
 
 
@@ -52,7 +52,7 @@ class _Product:
     inputs: int
     outputs: int
     passes: int
-    """Forward, both halves of the backward pass (one where the weight is frozen), and each that is computed again."""
+    """Multiplications: forward, input gradient, weight gradient (unless the weight is frozen), and recomputation."""
 
     def priced_flops(self, tokens: int, element_bytes: int, balance: float) -> float:
         whole = 2.0 * tokens * round_up(self.inputs, TILE) * round_up(self.outputs, TILE)
@@ -63,7 +63,10 @@ class _Product:
 def compute_seconds(
     model: ModelConfig, ranks: Mapping[str, int], setup: Setup, arithmetic: Arithmetic, dense_flops_per_token: int
 ) -> float:
-    """Of one process in one step; `dense_flops_per_token`: executed by the dense model, recomputation included."""
+    """Seconds that one process computes in one step.
+
+    `dense_flops_per_token`: FLOPs of the dense model, recomputation included.
+    """
     tokens, tensor = setup.micro_batch * model.sequence_length, setup.layout.tensor
     priced = sum(
         product.priced_flops(tokens, setup.element_bytes, arithmetic.balance)
@@ -78,7 +81,7 @@ def compute_seconds(
 
 
 def _products(model: ModelConfig, ranks: Mapping[str, int], tensor: int, recompute: Recompute) -> Iterator[_Product]:
-    """All of one process: the stack's and the output layer."""
+    """Products of one process: all projections of the stack, and the output layer."""
     for projection in projections(model):
         yield from _layer_products(projection, ranks.get(projection.name), tensor, recompute)
     trained = not (ranks and model.trained == "factors")
@@ -86,7 +89,7 @@ def _products(model: ModelConfig, ranks: Mapping[str, int], tensor: int, recompu
 
 
 def _layer_products(projection: Projection, rank: int | None, tensor: int, recompute: Recompute) -> Iterator[_Product]:
-    """Of one projection: the weight, both factors, or all three; split as `model/` splits them."""
+    """Products of one projection: the weight, both factors, or all three; split as `model/` splits them."""
     again = 0 if recompute == "none" else 1
     inputs, outputs = projection.in_features, projection.out_features
     if projection.kind in ("qkv", "fc1"):  # column-parallel

@@ -1,8 +1,8 @@
 """Whether a run fits on a machine, and if not, the numbers and the nearest layout that does.
 
-Nearest is what changes least: one doubling of the tensor-parallel size, halving of the micro-batch or ZeRO stage counts
-1, recomputation from factors 1.5 and of layers 2, another global batch or moving the optimizer to the host 3. The
-optimizer's place and recomputation cost time, so they come after what costs none.
+The nearest layout is the one at the smallest distance. Doubling the tensor-parallel size, halving the micro-batch and
+moving by one ZeRO stage count 1 each; recomputation from factors 1.5, of layers 2; another global batch and moving the
+optimizer to the host 3 each. What costs time counts more.
 """
 
 import math
@@ -27,7 +27,7 @@ _FAR = 3.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """Another way to lay the run out."""
+    """Another way to split the run, and its distance from the config's own."""
 
     setup: Setup
     global_batch: int
@@ -35,8 +35,10 @@ class Candidate:
 
 
 def check_memory(config: RunConfig, processes: int) -> None:
-    """Refuses a run whose weights, gradients and optimizer alone are more than there is, before anything is built:
-    ConfigError with the numbers. What is checked is certain and not all: `tools/plan_run.py` plans the rest."""
+    """ConfigError with the numbers if weights, gradients and optimizer alone do not fit into memory.
+
+    It runs before anything is built. It checks only what is certain to be needed: `tools/plan_run.py` plans the rest.
+    """
     plan = plan_memory(config.model, config.initial_ranks(), setup_of(config, processes, torch.cuda.is_available()))
     neighbours = processes_of_machine(processes)
     host = psutil.virtual_memory().total / neighbours
@@ -62,7 +64,7 @@ def check_memory(config: RunConfig, processes: int) -> None:
 
 
 def fitting_setup(config: RunConfig, outlook: Outlook, machine: Machine, assumed: Assumptions) -> Setup:
-    """The config's own setup; ConfigError with the numbers, and with the nearest one that fits, if it does not."""
+    """The config's own setup; if it does not fit, ConfigError with the numbers and the nearest setup that fits."""
     try:
         config.layout(machine.processes)
     except ConfigError as error:
@@ -97,7 +99,7 @@ def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
 
 
 def _proposal(config: RunConfig, outlook: Outlook, machine: Machine, assumed: Assumptions) -> str:
-    """The nearest layout that fits, in settings to change, or that there is none."""
+    """The settings to change for the nearest layout that fits, or the message that none does."""
     candidates = sorted(_candidates(config, outlook, machine), key=lambda candidate: candidate.distance)
     needs: list[tuple[int, str]] = []
     for candidate in candidates:
@@ -129,7 +131,7 @@ def _changes(config: RunConfig, candidate: Candidate) -> str:
 
 
 def _candidates(config: RunConfig, outlook: Outlook, machine: Machine) -> Iterator[Candidate]:
-    """Every combination of settings that divides, tensor parallelism within a node first of all."""
+    """Every combination of settings that divides evenly; tensor parallelism stays within a node, or as it is set."""
     train, model = config.train, outlook.model
     for tensor in _divisors(machine.devices_per_node) | {config.parallel.tensor}:
         for micro_batch in sorted({train.micro_batch} | {2**power for power in range(train.micro_batch.bit_length())}):
@@ -158,8 +160,8 @@ def _candidates(config: RunConfig, outlook: Outlook, machine: Machine) -> Iterat
 
 
 def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[tuple[Setup, float]]:
-    """The same layout with every ZeRO stage, recomputation and place of the optimizer, but for what the run's DeepSpeed
-    file has settled."""
+    """The same layout with every ZeRO stage, recomputation and place of the optimizer. What the run's DeepSpeed file
+    sets stays."""
     zero = zero_buffers(config)
     in_bottlenecks = model.parametrization == "factored" and model.factored_layers == "all"
     modes = [mode for mode in get_args(Recompute) if mode != "factors" or in_bottlenecks]

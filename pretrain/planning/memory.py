@@ -14,10 +14,10 @@ On 1 and 2 each optimizer group is one flat tensor, padded to a multiple of 2·d
 parameters, W numbers of all those that reach into the process's partition. On 3 every parameter is cut, and some are
 gathered (the small ones always; others from their forward to their backward pass, see `gathered_numbers`).
 
-Beside weights and optimizer a step is fullest at one of these moments (`_fullest`): under the loss; in the output
+Beside weights and optimizer a step needs most memory at one of these places (`_fullest`): in the loss; in the output
 layer's backward pass; when its gradient goes into the reduction's bucket; in the last layer's backward pass; or when
-all gradients are there to be reduced and stepped. Gradients of this very step come as activations go, so with one
-micro-step the two are never there together.
+all gradients are reduced and stepped. A layer's gradients appear as its activations are freed, so with one micro-step
+all gradients and all activations are never there together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,8 @@ _STAGE_0_BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class ZeroBuffers:
-    """The settings of DeepSpeed's ZeRO section that decide about memory, in numbers; its own defaults."""
+    """The settings of DeepSpeed's ZeRO section that decide about memory, counted in numbers; with DeepSpeed's
+    defaults."""
 
     reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False
@@ -54,7 +55,7 @@ class ZeroBuffers:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything but model and ranks that decides what a process holds, computes and sends."""
+    """Everything except model and ranks that decides what a process holds, computes and sends."""
 
     layout: Layout
     micro_batch: int
@@ -65,7 +66,7 @@ class Setup:
     zero: ZeroBuffers = ZeroBuffers()
     within_documents: bool = False
     gpu: bool = False
-    """Whether processes compute on GPUs: they keep less of loss, attention and dropout."""
+    """Whether processes compute on GPUs, where loss, attention and dropout keep less."""
 
     @property
     def element_bytes(self) -> int:
@@ -78,39 +79,40 @@ class MemoryPlan:
 
     weights: int
     gradients: int
-    """Kept from one micro-step to the next."""
+    """Gradients that are kept from one micro-step to the next."""
     optimizer: int
     """Masters, where they are not the weights themselves, and both moments."""
     activations: int
-    """Of a micro-batch between its passes, and of the layer that is computed again."""
+    """Activations of a micro-batch between its passes, and of the one layer that is being recomputed."""
     buffers: int
-    """Of the gradients' reduction, and gathered parameters."""
+    """Buckets of the gradients' reduction, and gathered parameters."""
     fullest: int
-    """Of gradients, activations and buffers, at the moment of a step when there is most of them."""
+    """Most bytes that gradients, activations and buffers have together at any time of a step."""
     host: int
-    """In host memory, with the optimizer offloaded."""
+    """Host memory of an offloaded optimizer."""
     aside: int
-    """In host memory for a while: the model when it is built, in fp32, and masters and moments during an event."""
+    """Host memory that is needed for a while: the fp32 model while it is built, masters and moments during a growth
+    event."""
 
     @property
     def total(self) -> int:
-        """On the device at its fullest."""
+        """Most bytes on the device at any time."""
         return self.weights + self.optimizer + self.fullest
 
 
 @dataclass(frozen=True)
 class _States:
-    """What does not depend on activations."""
+    """Bytes of one process that do not depend on activations."""
 
     weights: int
     gradients: int
     optimizer: int
     bucket: int
-    """Of the reduction, from the first gradient to the last."""
+    """Buckets of the reduction, from the first gradient to the last."""
     standing: int
     """Buffers that are always there."""
     step: int
-    """What reducing and stepping need when the activations are gone, the gradients included."""
+    """Gradients, and what reducing and stepping need beside them, when the activations are gone."""
     host: int = 0
 
 
@@ -123,7 +125,7 @@ def optimizer_groups(shards: Iterable[ParameterShard]) -> list[list[ParameterSha
 
 
 def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> MemoryPlan:
-    """Of one process of a run whose ranks are `ranks`; for a dense model they are empty."""
+    """Memory of one process of a run whose ranks are `ranks`; empty `ranks` for a dense model."""
     layout, e = setup.layout, setup.element_bytes
     shards = parameter_shards(model, ranks, layout.tensor)
     activations = activation_bytes(
@@ -152,8 +154,11 @@ def plan_memory(model: ModelConfig, ranks: Mapping[str, int], setup: Setup) -> M
 def _fullest(
     model: ModelConfig, shards: Sequence[ParameterShard], setup: Setup, states: _States, activations: Activations
 ) -> int:
-    """Bytes beside weights and optimizer. The loss turns its softmax, in fp32, into the gradient of the logits; in
-    place (`model/layers/cross_entropy.py`) it has nothing beside them."""
+    """Most bytes beside weights and optimizer at any time of a step.
+
+    The loss turns its softmax, in fp32, into the gradient of the logits. In place (`model/layers/cross_entropy.py`) it
+    needs no memory beside the logits.
+    """
     e, tensor = setup.element_bytes, setup.layout.tensor
     tokens = setup.micro_batch * model.sequence_length
     logits = tokens * model.padded_vocabulary // tensor
@@ -197,7 +202,7 @@ def _flat(shards: Sequence[ParameterShard], setup: Setup) -> _States:
         host = state + (FP32_BYTES + e) * partition + e * largest
         host += e * touched if setup.stage == 2 and setup.layout.accumulation > 1 else 0
         gradients = trained * e if setup.stage == 1 else 0
-        # One parameter's gradient at a time passes on to the host.
+        # Gradients go to the host one parameter at a time.
         return _States(weights, gradients, 0, bucket, largest * e, gradients + bucket, host)
     if setup.stage == 1:
         gradients = trained * e
@@ -214,7 +219,7 @@ def _partitioned(shards: Sequence[ParameterShard], setup: Setup) -> _States:
     gathered = sum(gathered_numbers(shards, zero)) + largest + zero.stage3_prefetch_bucket_size
     bucket = zero.reduce_bucket_size * e
     whole = trained * processes * e
-    scattered = min(bucket, whole)  # once more while it is reduced: when it is full, or when all gradients are there
+    scattered = min(bucket, whole)  # a second copy, while the bucket is reduced
     filled = bucket if whole > bucket else 0
     standing = min(gathered, total_numbers(shards)) * e + bucket
     state = 3 * FP32_BYTES * trained
@@ -228,8 +233,8 @@ def _partitioned(shards: Sequence[ParameterShard], setup: Setup) -> _States:
 def gathered_numbers(shards: Iterable[ParameterShard], zero: ZeroBuffers) -> tuple[int, int]:
     """What stage 3 leaves gathered: small parameters always, others from their forward to their backward pass.
 
-    Where DeepSpeed 0.19.8 fetches ahead, it does so for every module that is reached, up to the limit on live
-    parameters, and what it finds gathered on the way it does not release before its next use.
+    Where DeepSpeed 0.19.8 prefetches, it does so at every module, up to the limit on live parameters. Parameters that
+    it finds gathered already are not released before their next use.
     """
     small = sum(s.numbers for s in shards if s.numbers <= zero.stage3_param_persistence_threshold)
     ahead = zero.stage3_max_live_parameters if zero.stage3_prefetch_bucket_size else 0
@@ -241,7 +246,7 @@ def total_numbers(shards: Iterable[ParameterShard]) -> int:
 
 
 def _most_touched(groups: Sequence[Sequence[int]], partitions: Sequence[int], processes: int) -> int:
-    """Numbers of the whole parameters that reach into a process's partitions, for the process with most of them."""
+    """Most numbers, over all processes, of the whole parameters that reach into a process's partitions."""
     touched = [0] * processes
     for group, partition in zip(groups, partitions, strict=True):
         start = 0

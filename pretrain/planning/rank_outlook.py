@@ -22,7 +22,7 @@ class Outlook:
     name: str
     model: ModelConfig
     ranks: Mapping[str, int]
-    """By `Projection.name`; empty for a dense model."""
+    """Ranks by `Projection.name`; empty for a dense model."""
 
 
 def outlooks(config: RunConfig) -> list[Outlook]:
@@ -42,8 +42,11 @@ def dense_twin(model: ModelConfig) -> ModelConfig:
 
 
 def largest_ranks(config: RunConfig) -> dict[str, int]:
-    """The most that growth can come to when layers share it evenly. A budget of FLOPs leaves most for late growth, so
-    it is taken as if nothing had grown before the last decision."""
+    """The largest ranks that growth can reach when layers share it evenly.
+
+    A budget of FLOPs leaves most for late growth, so the ranks are computed as if nothing grew before the last
+    decision.
+    """
     rank, train, ranks = config.rank, config.train, config.initial_ranks()
     layers = {projection.name: projection for projection in factored_projections(config.model)}
     decisions = [step for step in range(1, train.steps) if check_due(step, rank)]

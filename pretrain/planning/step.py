@@ -3,8 +3,8 @@
     step = computation + tensor-parallel messages + (1 - overlap) · data-parallel messages + host
 
 `pretrain/planning/compute.py` prices the computation, of which a dense step is FLOPs / (efficiency · peak),
-recomputation included. The peak, the efficiency and the links are assumptions, since nobody has measured a run that
-does not exist: `Assumptions` holds them all.
+recomputation included. The peak, the efficiency and the links are assumptions, since a run that does not exist
+yet cannot be measured: `Assumptions` holds them all.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,10 @@ from pretrain.planning.memory import MemoryPlan, Setup, ZeroBuffers, plan_memory
 from pretrain.planning.rank_outlook import Outlook, dense_twin
 
 MOST_PROCESSES = 8192
-"""Where a scaling table ends."""
+"""Processes at which a scaling table ends."""
 _ADAM_BYTES = 28
-"""A number's way through memory in a step: gradient, master and moments read, the last three written, in fp32."""
+"""Bytes that Adam moves for each number: gradient, master and both moments are read, the last three written, in
+fp32."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Machine:
     nodes: int
     devices_per_node: int
     memory_bytes: float
-    """Of one device."""
+    """Memory of one device."""
     host_memory_bytes: float
-    """Of one node."""
+    """Host memory of one node."""
     gpu: bool
     """Whether its devices are GPUs."""
 
@@ -47,7 +48,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is taken for granted."""
+    """What is assumed about devices and links, and cannot be computed from the config."""
 
     arithmetic: Arithmetic
     usable: float
@@ -56,7 +57,7 @@ class Assumptions:
     """Share of the data-parallel messages that hides behind the backward pass."""
     links: Links
     host_memory_bytes_per_second: float
-    """Of one node, which all its processes share."""
+    """Speed of the host memory of one node, which all processes of the node share."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ class StepPlan:
     parameters: int
     trained_parameters: int
     flops_per_token: int
-    """Of training, without what is computed twice."""
+    """FLOPs of training on one token, without recomputation."""
     flops: float
-    """Of the step and all processes, with it."""
+    """FLOPs of one step, all processes together, with recomputation."""
     memory: MemoryPlan
     communication: CommunicationPlan
     compute_seconds: float
     tensor_seconds: float
     data_seconds: float
-    """That is not hidden."""
+    """Seconds of data-parallel messages that the backward pass does not hide."""
     host_seconds: float
-    """Gradients to the host, its Adam step and weights back, with the optimizer offloaded."""
+    """Seconds for gradients to the host, Adam's step there and weights back; 0 unless the optimizer is offloaded."""
 
     @property
     def communication_seconds(self) -> float:
@@ -99,8 +100,10 @@ class ScalingRow:
 
 
 def setup_of(config: RunConfig, processes: int, gpu: bool) -> Setup:
-    """How the config itself splits the run over so many processes (`gpu`: on GPUs); ConfigError if that does not come
-    out even."""
+    """The setup that the config itself asks for on `processes` processes; `gpu`: whether they compute on GPUs.
+
+    Raises ConfigError if the run does not divide evenly.
+    """
     layout = config.layout(processes)
     deepspeed_dict(config, layout)  # refuses what the run would refuse
     return Setup(
@@ -123,7 +126,7 @@ def zero_buffers(config: RunConfig) -> ZeroBuffers:
 
 
 def recomputed_flops_per_token(model: ModelConfig, ranks: Mapping[str, int], recompute: str) -> int:
-    """Of a forward pass through the layers once more, or (factors) through attention and what hangs off B."""
+    """FLOPs per token of computing the layers once more, or (`factors`) all of them but the products by A."""
     if recompute == "none":
         return 0
     flops = 4 * model.sequence_length * model.hidden * model.layers
@@ -139,8 +142,10 @@ def recomputed_flops_per_token(model: ModelConfig, ranks: Mapping[str, int], rec
 
 
 def plan_step(outlook: Outlook, setup: Setup, machine: Machine, assumed: Assumptions) -> StepPlan:
-    """One step at `outlook`; whether it fits is for `pretrain/planning/fitting.py` to say. A dense model has no factors
-    to keep, and keeps everything where the run recomputes from factors."""
+    """One step at `outlook`. `pretrain/planning/fitting.py` says whether it fits.
+
+    A dense model has no factors to recompute from, so with `recompute` "factors" it keeps all its activations.
+    """
     model, ranks, layout = outlook.model, outlook.ranks, setup.layout
     if setup.recompute == "factors" and not ranks:
         setup = replace(setup, recompute="none")
@@ -174,7 +179,7 @@ def plan_step(outlook: Outlook, setup: Setup, machine: Machine, assumed: Assumpt
 def scaling(
     config: RunConfig, outlook: Outlook, setup: Setup, machine: Machine, assumed: Assumptions
 ) -> list[ScalingRow]:
-    """The global batch on 1, 2, 4, ... times a tensor-parallel group's processes, as far as it divides."""
+    """Rows for 1, 2, 4, ... times the processes of a tensor-parallel group, as long as the global batch divides."""
     rows: list[ScalingRow] = []
     processes, train = setup.layout.tensor, config.train
     while processes <= MOST_PROCESSES:

@@ -1,8 +1,8 @@
 """What `rank.budget` leaves for the ranks of all factored layers together.
 
-In parameters: Σ rank·(in + out) ≤ budget · Σ in·out, at any time. In FLOPs, which are proportional to parameters times
-samples: what was spent so far and what the present ranks will spend until the end stay within the same share of what
-the dense layers would spend over the whole run.
+A budget of parameters: Σ rank·(in + out) ≤ budget · Σ in·out, at any time. A budget of FLOPs, which are proportional to
+parameters times samples: what was spent so far, plus what the present ranks will spend until the end, is at most that
+share of what the dense layers would spend over the whole run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ def affordable_parameters(
 ) -> int | None:
     """Most parameters that all factors may have from now on; None without a budget.
 
-    `ranks`: the present ones; `growth`: the growth events so far; the other two count sequences, those so far and those
-    at the end.
+    `ranks`: the present ones; `growth`: the growth events so far. The last two arguments count sequences: consumed so
+    far, and at the end of the run.
     """
     if rank.budget is None:
         return None
@@ -47,7 +47,8 @@ def _parameters(factored: Sequence[Projection], ranks: Mapping[str, int]) -> int
 def check_budget(
     policy: type[Policy], rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]
 ) -> None:
-    """ValueError if the `ranks` at the start already cost more than the budget, or the policy wants none, or one."""
+    """ValueError if the `ranks` at the start already cost more than the budget, if the policy refuses a budget that is
+    set, or if it requires one that is not set."""
     if rank.budget is None:
         if rank.budget_unit != "parameters":
             raise ValueError(f"rank.budget_unit is {rank.budget_unit}, and there is no budget: set rank.budget")

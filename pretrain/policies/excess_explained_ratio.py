@@ -4,9 +4,9 @@ With s the singular values of D = B·A - B₀·A₀, the update uses
 
     used = min { k : Σ_{i≤k} s_i² ≥ threshold · Σ_i s_i² }
 
-directions. D of a factored layer has up to 2·rank of them, since B₀ δA and δB A₀ both count; D of an additive one is
-B·A itself, has up to rank, and so each of its directions counts twice. A layer's rank is used up when that count is no
-less than the rank, and then it grows to the count + `rank.buffer`.
+directions. D of a factored layer has up to 2·rank of them, since B₀ δA and δB A₀ both count. D of an additive layer is
+B·A itself and has up to rank, so each of its directions counts twice. A layer's rank is used up when that count is at
+least the rank; then it grows to the count + `rank.buffer`.
 
 **Its null is zero.** On factors that were never trained D is nothing but rounding: singular values at or below
 `ROUNDING` times the largest of the product are taken for that, so `used` is 0 and nothing grows, whatever the
@@ -21,7 +21,8 @@ from model.spectrum import energy_rank
 from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy
 
 ROUNDING = 0.005
-"""Of both factors to bf16, whose entries err by up to 2⁻⁹ each: below that nothing can be said about an update."""
+"""Relative error of rounding both factors to bf16, up to 2⁻⁹ for each entry. A smaller update cannot be told from
+rounding."""
 
 
 def used_rank(layer: LayerMeasurement, threshold: float) -> int:
@@ -32,7 +33,8 @@ def used_rank(layer: LayerMeasurement, threshold: float) -> int:
 
 
 def used_up(layer: LayerMeasurement, threshold: float) -> int:
-    """The rank that the update uses up: half of the directions that it can have are all of the rank."""
+    """The rank that the update uses up. An update that uses half of the directions it can have uses up all of the
+    rank."""
     return used_rank(layer, threshold) * (2 if layer.projection.additive else 1)
 
 

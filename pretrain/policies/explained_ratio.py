@@ -55,8 +55,10 @@ class ExplainedRatioPolicy(MeasuringPolicy):
         return {name: rank for name, rank in wanted.items() if rank > current[name]}
 
     def untrained_ranks(self, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
-        """Ranks at which the rule stops: growth preserves the function, so it adds zeros to the singular values, and
-        soon they explain enough."""
+        """Ranks at which the rule stops on layers that training never changes.
+
+        Growth preserves the function, so it only adds zeros to the singular values, until the largest explain enough.
+        """
         unbounded = self._rank.model_copy(update={"start_step": 0, "stop_step": None, "budget": None})
         current = list(layers)
         while grown := limit_growth(self.targets(0, current, None), current, unbounded, 0):

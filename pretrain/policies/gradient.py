@@ -6,10 +6,10 @@ A quantum of directions is worth its energy over the parameters it costs,
 
     worth = Σ demand / (quantum · (in + out)),
 
-and the quanta worth most are granted until the event's share of the budget is spent: what is left of the budget,
-divided evenly over the decisions left until `rank.stop_step`. The last one may cost more than the share still holds, so
-that dear layers get their turn too; the later shares are smaller for it. Without a budget every layer with a demand
-gets one quantum.
+and the quanta worth most are granted until the event's share of the budget is spent. A share is what is left of the
+budget, divided evenly over the decisions left until `rank.stop_step`. The last quantum may exceed the share, so that
+expensive layers can grow too; later shares are smaller in return. Without a budget every layer with a demand gets one
+quantum.
 
 A layer takes part only if its update uses half of its rank (`used_rank` of the cumulative update): half of the
 directions that an additive layer can have, a quarter of those of a factored one. That is the null of this policy:
@@ -33,7 +33,7 @@ from pretrain.policies.policy import (
 )
 
 PROBED_STEPS = 3
-"""Training steps before a decision in which `pretrain/growth/probe.py` measures."""
+"""Number of training steps before a decision in which `pretrain/growth/probe.py` measures."""
 
 NEEDED_SHARE = 0.5
 """Share of a layer's rank that its update must use before it may ask for more."""
@@ -69,8 +69,8 @@ class GradientPolicy(MeasuringPolicy):
         return used >= NEEDED_SHARE * layer.rank and bool(layer.demand[:1].sum() > 0.0)
 
     def _offers(self, layer: LayerMeasurement) -> list[tuple[float, str, int, int]]:
-        """(-worth, name, rank before, cost) of each quantum in which there are measured directions; the last one may
-        hold fewer than it has place for, and is worth as much less."""
+        """(-worth, name, rank before, cost) of each quantum for which there are measured directions. The last quantum
+        may have fewer directions than a full one, and is worth less accordingly."""
         quantum, projection = self._rank.quantum, layer.projection
         cost = quantum * direction_cost(projection)
         room = largest_rank(layer, quantum) - layer.rank
@@ -87,7 +87,7 @@ class GradientPolicy(MeasuringPolicy):
 
 
 def check_probe(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
-    """ValueError if a probe does not fit outside the factors at the start, or a decision cannot wait for it."""
+    """ValueError if a probe does not fit beside the factors at the start, or if decisions leave no steps to measure."""
     for projection in factored:
         left = min(projection.in_features, projection.out_features) - ranks[projection.name]
         if rank.probe > left:

@@ -1,4 +1,4 @@
-"""What a rank policy is given and asked, and the limits that hold for all of them.
+"""The interface of rank policies, and the limits that hold for all of them.
 
 A policy is a pure decision: measurements in, target ranks out. It touches no model, process or file, so process 0 can
 decide for all and a test can call it with numbers. A policy says what it wants; `limit_growth` says what it gets:
@@ -8,7 +8,7 @@ decide for all and a test can call it with numbers. A policy says what it wants;
 - all layers together stay within `rank.budget`;
 - nothing grows before `rank.start_step` or after `rank.stop_step`.
 
-`truncated_ranks` is the other direction: what a layer may lose because hardly any of its product is there.
+`truncated_ranks` is the other direction: it lowers the rank of layers whose last directions hold hardly any energy.
 
 Steps are counted in optimizer steps taken: an event at step 100 happens after 100 steps, before the one with index 100.
 """
@@ -31,8 +31,8 @@ _LEARNED = 1e-6
 MOST_DEFAULT_DECISIONS = 10
 STEPS_PER_DEFAULT_DECISION = 200
 SHORTEST_DEFAULT_INTERVAL = 10
-"""A run decides ten times at most, once in 200 of its steps, and not twice within ten steps, where `rank.check_every`
-leaves it to us."""
+"""Shortest default of `rank.check_every`, in steps. By default a run decides at most ten times, at most once in 200 of
+its steps, and never twice within ten steps."""
 
 
 class ScheduleEntry(BaseModel):
@@ -125,20 +125,20 @@ class LayerMeasurement:
 
 
 Measured = Literal["product", "update", "demand"]
-"""What a policy may need besides ranks: the three arrays of `LayerMeasurement`."""
+"""Measurements that a policy may need besides ranks: the three arrays of `LayerMeasurement`."""
 
 
 BudgetUse = Literal["refused", "heeded", "required"]
-"""What a policy does with `rank.budget`; a required one has to be set."""
+"""What a policy does with `rank.budget`: refuses it, heeds it if it is set, or requires it."""
 
 
 class Policy(ABC):
-    """A way to decide about ranks, and what it declares about itself: nothing else asks which policy it is."""
+    """A way to decide about ranks. Other code reads what it declares here, and never asks which policy it is."""
 
     needs: ClassVar[frozenset[Measured]] = frozenset()
     """What must be measured before `targets` is asked; the rest of a `LayerMeasurement` is empty."""
     budget: ClassVar[BudgetUse] = "refused"
-    """Whether `rank.budget` means something to it."""
+    """What it does with `rank.budget`."""
     grows: ClassVar[bool] = True
     """Whether ranks may change at all."""
     measures: ClassVar[bool] = False
@@ -148,9 +148,9 @@ class Policy(ABC):
     follows_schedule: ClassVar[bool] = False
     """Whether it carries `rank.schedule` out."""
     grows_untrained: ClassVar[bool] = False
-    """Whether it would grow factors that training never changed: a run then notes how far (`untrained_ranks`)."""
+    """Whether it would grow factors that training never changed. Then a run records how far (`untrained_ranks`)."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Settings of the section `rank` that differ from its own defaults where they are not given."""
+    """Defaults of this policy for settings of section `rank`, in place of the section's own."""
 
     def __init__(self, rank: RankConfig, steps: int) -> None:
         """The policy with these settings, for a run of `steps` steps."""
@@ -162,8 +162,11 @@ class Policy(ABC):
 
     @abstractmethod
     def targets(self, step: int, layers: Sequence[LayerMeasurement], room: int | None) -> dict[str, int]:
-        """The rank wanted for each layer that should grow, by `Projection.name`, before any limit, the most urgent
-        layer first; `room`: parameters that the budget leaves for new directions."""
+        """The wanted rank of each layer that should grow, by `Projection.name`, before any limit; the most urgent layer
+        first.
+
+        `room`: parameters that the budget leaves for new directions; None without a budget.
+        """
 
     def untrained_ranks(self, layers: Sequence[LayerMeasurement]) -> dict[str, int]:
         """The rank each layer would reach if training never changed it, from its measurement before step 0."""
@@ -171,18 +174,18 @@ class Policy(ABC):
 
     @classmethod
     def completed(cls, rank: RankConfig, steps: int) -> RankConfig:
-        """The settings with what was left open filled in, for a run of `steps` steps."""
+        """The settings with defaults filled in where nothing was set, for a run of `steps` steps."""
         return rank.model_copy(
             update={key: value for key, value in cls.defaults.items() if key not in rank.model_fields_set}
         )
 
     @classmethod  # noqa: B027  (most have nothing to check)
     def check(cls, rank: RankConfig, factored: Sequence[Projection], steps: int) -> None:
-        """ValueError if it cannot do within `steps` steps what the settings ask."""
+        """ValueError if the policy cannot do within `steps` steps what the settings ask."""
 
     @classmethod  # noqa: B027
     def check_start(cls, rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:
-        """ValueError if it cannot begin, or go on, at these `ranks`."""
+        """ValueError if the policy cannot begin, or go on, at these `ranks`."""
 
 
 class MeasuringPolicy(Policy):
@@ -196,11 +199,10 @@ class MeasuringPolicy(Policy):
 
     @classmethod
     def completed(cls, rank: RankConfig, steps: int) -> RankConfig:
-        """The settings with their pace filled in.
+        """The settings with `rank.stop_step` and `rank.check_every` filled in.
 
-        A quarter of the run for growth did better in the race than half of it (docs/results.md), and so few decisions
-        in all keep their cost under half a percent of a run of 200 steps or more, wherever growth stops
-        (docs/lab-notes.md).
+        Growth during a quarter of the run did better in the race than during half of it (docs/results.md). So few
+        decisions cost under half a percent of a run of 200 steps or more, wherever growth stops (docs/lab-notes.md).
         """
         rank = super().completed(rank, steps)
         stop = rank.start_step + steps // 4 if rank.stop_step is None else rank.stop_step
@@ -220,7 +222,7 @@ class MeasuringPolicy(Policy):
 def _default_interval(start: int, stop: int, steps: int) -> int:
     """Steps between decisions from `start` to `stop`; the first one is at `start`, unless that is 0.
 
-    A run that may decide only once in all does so at `start`, too, for a multiple of the interval is all there is.
+    A run that may decide only once also does so at `start`, since decisions fall on multiples of the interval.
     """
     decisions = max(1, min(MOST_DEFAULT_DECISIONS, steps // STEPS_PER_DEFAULT_DECISION))
     intervals = decisions - (1 if start > 0 else 0)
@@ -260,7 +262,7 @@ def factor_parameters(layers: Sequence[LayerMeasurement], changed: Mapping[str, 
 
 
 def largest_rank(layer: LayerMeasurement, quantum: int) -> int:
-    """The rank that a layer may have after one event."""
+    """The largest rank that a layer may have after one event."""
     doubled = 2 * layer.rank // quantum * quantum
     return min(doubled, rank_cap(layer.projection, quantum))
 
@@ -272,9 +274,9 @@ def limit_growth(
     step: int,
     room: int | None = None,
 ) -> dict[str, int]:
-    """The ranks that layers get after `step` steps, by `Projection.name`; layers that stay as they are are left out.
+    """The ranks that layers get after `step` steps, by `Projection.name`, without layers that stay as they are.
 
-    Where `room` parameters are not enough for all, layers get one quantum after the other in the order of `targets`.
+    If `room` parameters are not enough for all, layers get one quantum after the other in the order of `targets`.
     """
     if not in_growth_window(step, rank):
         return {}
@@ -294,8 +296,8 @@ def grant_quanta(
 ) -> dict[str, int]:
     """The ranks when layers get one quantum after the other, in the order of `wanted`, up to what they want.
 
-    `costs`: parameters of one direction; `room`: those that there are for all, None: any number. A start off the
-    quantum is mended by the first growth.
+    `costs`: parameters of one direction, by layer; `room`: parameters for all layers together, None: any number. The
+    first growth of a rank that is no multiple of the quantum leads to a multiple.
     """
     granted = {name: present[name] for name in wanted}
     left = math.inf if room is None else room
@@ -314,9 +316,9 @@ def grant_quanta(
 def decide_ranks(
     policy: Policy, rank: RankConfig, step: int, layers: Sequence[LayerMeasurement], affordable: int | None
 ) -> dict[str, int]:
-    """The new ranks after `step` steps, by `Projection.name`, of the layers that change; empty: none does.
+    """The new ranks after `step` steps of the layers that change, by `Projection.name`; empty if none does.
 
-    What truncation frees can be had by other layers at once; a layer that is cut does not grow in the same decision.
+    Parameters that truncation frees go to other layers at once; a truncated layer does not grow in the same decision.
     `affordable`: parameters that all layers together may have afterwards; None: any number.
     """
     lower = truncated_ranks(layers, rank)

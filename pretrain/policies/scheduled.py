@@ -11,7 +11,7 @@ from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, in_gr
 
 
 class ScheduledPolicy(Policy):
-    """Every layer goes to the rank of an entry after the entry's step."""
+    """Gives every layer the rank of a schedule entry after the entry's step."""
 
     follows_schedule = True
 
@@ -32,7 +32,7 @@ class ScheduledPolicy(Policy):
 
 
 def check_schedule(rank: RankConfig, projections: Sequence[Projection], steps: int) -> None:
-    """ValueError if an entry could not happen exactly as written."""
+    """ValueError if an entry of the schedule could not happen exactly as written."""
     if not rank.schedule:
         raise ValueError(
             "rank.policy=schedule needs at least one step and rank: set rank.schedule, or rank.policy=fixed"

@@ -1,4 +1,4 @@
-"""All policies by name, and what is the same for each of them: how it is built, and which settings suit it."""
+"""All policies by name; builds the one that `rank.policy` names, and checks its settings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ POLICIES: dict[str, type[Policy]] = {
     "excess_explained_ratio": ExcessExplainedRatioPolicy,
     "gradient": GradientPolicy,
 }
-"""What `rank.policy` may name."""
+"""Policies that `rank.policy` may name."""
 
 
 def build_policy(rank: RankConfig, steps: int) -> Policy:
@@ -27,7 +27,7 @@ def build_policy(rank: RankConfig, steps: int) -> Policy:
 
 
 def with_defaults(rank: RankConfig, steps: int) -> RankConfig:
-    """The settings with what the policy fills in, for a run of `steps` steps."""
+    """The settings with the policy's defaults filled in, for a run of `steps` steps."""
     return POLICIES[rank.policy].completed(rank, steps)
 
 

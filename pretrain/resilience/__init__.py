@@ -1,1 +1,1 @@
-"""Faults: seen, survived, and made on purpose."""
+"""Faults: how a run detects them, survives them, and makes them on purpose."""

@@ -4,9 +4,8 @@
     ESPALIER_FAULT=nan@step.loss:1:7,full@save.shard:0:20 ...
 
 `ACTION@PLACE:PROCESS:STEP`, several separated by commas; PROCESS is a number or `*`, STEP counts the optimizer steps
-taken when the place is reached. A fault happens once in the life of a process, and only in the first life of a
-supervised run (`launch/supervise.sh`); with `!` behind it in every life. Without the variable nothing ever happens
-here.
+taken when the place is reached. A fault happens once in a process, and only in the first start of a supervised run
+(`launch/supervise.sh`); with `!` behind it, in every start. Without the variable nothing happens here.
 """
 
 import errno
@@ -29,7 +28,7 @@ VARIABLE, LIFE = "ESPALIER_FAULT", "ESPALIER_LIFE"
 
 PLACES = (
     "step.forward",  # before every forward pass of a training step
-    "step.loss",  # the loss is there; `nan` and `spike` multiply it
+    "step.loss",  # the loss is computed; `nan` and `spike` multiply it
     "step.optimizer",  # between the last backward pass and the optimizer
     "save.begin",
     "save.staging",  # the staging folder is made
@@ -38,14 +37,14 @@ PLACES = (
     "save.written",  # all files but the manifest are written
     "save.manifest",  # the manifest is written
     "save.aside",  # an older checkpoint of the same step is moved aside
-    "save.renamed",  # the new checkpoint has its name, the pointer is still the old one
+    "save.renamed",  # the new checkpoint has its name, the pointer still names the old one
     "save.pointer",  # the pointer is moved
     "save.prune",  # a surplus checkpoint is renamed, and still to be removed
     "validation",
     "event.begin",  # the policy has decided to change ranks
-    "event.stashed",  # masters and moments lie aside
+    "event.stashed",  # masters and moments are stashed
     "event.changed",  # the old engine is gone, factors have their new ranks
-    "event.rebuilt",  # the new engine is there, its states are not
+    "event.rebuilt",  # the new engine is built, without the optimizer's state
     "event.restored",
     "resume.opened",  # the checkpoint is verified
     "resume.built",  # the model is built, and holds initial values
@@ -71,7 +70,7 @@ def _refuse(number: int) -> Callable[[], None]:
 
 
 def _collective() -> None:
-    """One in which no other process takes part: all later ones meet the wrong partner."""
+    """Starts a collective in which no other process takes part, so all later ones are paired wrongly."""
     dist.all_reduce(torch.zeros(1, device=device()))
 
 
@@ -92,7 +91,7 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "collective": _collective,
 }
 FACTORS = {"nan": float("nan"), "spike": SPIKE_FACTOR}
-"""What a loss or gradient is multiplied by, at `step.loss` alone."""
+"""Factors for the loss, by action; only at `step.loss`."""
 
 _PATTERN = re.compile(r"([a-z0-9]+)@([a-z.]+):([0-9]+|\*):([0-9]+)(!?)")
 
@@ -106,7 +105,7 @@ class Fault:
 
 
 def parse_faults(text: str, life: int = 0) -> list[Fault]:
-    """The faults of one life; ConfigError where the text says none."""
+    """The faults that `text` asks for in start number `life` of the run; ConfigError if it is malformed."""
     faults = []
     for part in text.split(","):
         match = _PATTERN.fullmatch(part.strip())
@@ -123,16 +122,16 @@ def parse_faults(text: str, life: int = 0) -> list[Fault]:
 
 
 class Faults:
-    """Those still to happen in this process."""
+    """The faults that are still to happen in this process."""
 
     def __init__(self, process: int) -> None:
-        """From the environment."""
+        """Reads the faults of process number `process` from the environment."""
         text = os.environ.get(VARIABLE, "")
         self.process = process
         self.waiting = parse_faults(text, int(os.environ.get(LIFE, "0"))) if text else []
 
     def due(self, place: str, step: int, actions: Collection[str]) -> Iterator[str]:
-        """The actions among `actions` to be taken now, each of which is then over."""
+        """The actions among `actions` that are due at `place` of `step`; each is due once."""
         for fault in list(self.waiting):
             here = (fault.place, fault.step) == (place, step) and fault.process in (None, self.process)
             if here and fault.action in actions:
@@ -145,23 +144,23 @@ _faults: Faults | None = None
 
 
 def plan_faults(process: int) -> None:
-    """From here on the faults that the environment asks for happen in this process, number `process`."""
+    """Makes the faults that the environment asks for happen in this process, number `process`, from now on."""
     global _faults
     _faults = Faults(process)
 
 
 def forget_faults() -> None:
-    """No fault happens any more."""
+    """Makes no more faults happen."""
     global _faults
     _faults = None
 
 
 def inject_fault(place: str, step: int) -> None:
-    """Lets happen what was asked for at `place` of `step`."""
+    """Makes the faults happen that were asked for at `place` of `step`."""
     for action in () if _faults is None else _faults.due(place, step, ACTIONS):
         ACTIONS[action]()
 
 
 def loss_factor(step: int) -> float:
-    """What a fault multiplies the loss of `step` by; 1 without one."""
+    """Factor by which a fault multiplies the loss of `step`; 1 without a fault."""
     return prod(FACTORS[action] for action in (() if _faults is None else _faults.due("step.loss", step, FACTORS)))

@@ -1,4 +1,4 @@
-"""What may end or turn back a run between two steps: signals, steps without a finite gradient, and loss spikes.
+"""What may end a run or roll it back between two steps: signals, steps without a finite gradient, and loss spikes.
 
 A spike is a loss far above what the last ones were, in robust standard deviations:
 
@@ -20,15 +20,15 @@ from pretrain.resilience.signals import Signals
 from pretrain.train_state import TrainState
 
 _MAD_TO_DEVIATION = 1.4826
-"""Of normally distributed values."""
+"""Standard deviation over MAD of normally distributed values."""
 _SMALLEST_MAD = 1e-3
-"""Relative to the median: losses that hardly move are no reason to call the next one a spike."""
+"""Smallest MAD, as a share of the median: after losses that hardly moved, a small rise is no spike."""
 _SPIKES_IN_A_ROW = 5
-"""As many spikes are what losses are now."""
+"""After as many spikes in a row the higher loss counts as normal."""
 
 
 class RollBack(Exception):
-    """The run is to go on from its newest checkpoint, with samples after those consumed so far."""
+    """The run goes back to its newest checkpoint, and on with the samples after those consumed so far."""
 
     def __init__(self, reason: str, consumed_samples: int) -> None:
         super().__init__(reason)
@@ -44,7 +44,7 @@ class Guard:
         self._spikes = 0
 
     def flags(self, writing: bool) -> Flags:
-        """This process's. `writing`: whether it still writes its part of a checkpoint."""
+        """This process's flags; `writing`: whether it still writes its part of a checkpoint."""
         return Flags(self.signals.received, writing)
 
     @staticmethod
@@ -54,29 +54,36 @@ class Guard:
         return StopSignal(f"{name}: saved at step {step}; start the run again to go on", 128 + number)
 
     def judge(self, loss: float, state: TrainState, report: Callable[..., None]) -> None:
-        """Looks at the step that was just taken, of which every process knows the same. NumericalError or RollBack."""
+        """Judges the step that was just taken, from figures that are the same on all processes.
+
+        Raises NumericalError or RollBack if the run cannot go on from here; `report` is `Monitor.event`.
+        """
         config, deviations = self.config, self.deviations(loss)
         if deviations is not None:
             report("spike", state.step, lm_loss=loss, deviations=deviations)
             if config.on_spike != "warn":
                 above = f"{deviations:.1f} robust deviations above the last {config.spike_window}"
                 reason = f"the loss of step {state.step}, {loss:.4g}, is {above}: lower optimizer.learning_rate"
-                self._turn(config.on_spike, reason, state)
+                self._roll_back_or_end(config.on_spike, reason, state)
         if state.skipped_in_a_row:
             report("skipped", state.step, in_a_row=state.skipped_in_a_row)
         if state.skipped_in_a_row >= config.skips:
             reason = f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}"
             advice = "lower optimizer.learning_rate, or set train.precision to bf16 or fp32"
-            self._turn(config.on_skips, f"{reason}: {advice}", state)
+            self._roll_back_or_end(config.on_skips, f"{reason}: {advice}", state)
 
     @staticmethod
-    def _turn(action: str, reason: str, state: TrainState) -> None:
+    def _roll_back_or_end(action: str, reason: str, state: TrainState) -> None:
+        """RollBack if `action` is "rollback", else NumericalError; both say `reason`."""
         if action == "rollback":
             raise RollBack(reason, state.consumed_samples)
         raise agreed(reason)
 
     def deviations(self, loss: float) -> float | None:
-        """How far `loss` lies above the last ones, which it joins; None where it is no spike."""
+        """Robust standard deviations of `loss` above the last losses if it is a spike, else None.
+
+        A loss that is no spike joins those that later ones are compared with.
+        """
         before, window = list(self._losses), self.config.spike_window
         if not window or not math.isfinite(loss):
             return None
@@ -92,9 +99,9 @@ class Guard:
         self._spikes += 1
         if self._spikes >= _SPIKES_IN_A_ROW:
             self.forget()
-        return found  # and the loss does not become what the next ones are compared with
+        return found  # a spike does not join the losses that later ones are compared with
 
     def forget(self) -> None:
-        """What losses were: ranks have changed, or another level has come to stay."""
+        """Forgets the last losses: ranks have changed, or the loss stays at another level."""
         self._losses.clear()
         self._spikes = 0

@@ -1,8 +1,8 @@
-"""Where this process is, marked by the code at every place that matters.
+"""Marks where this process is: the heartbeat of the watchdog.
 
-`heartbeat.at(place)` stands where a step, a save, an event or a resume gets to a new place
-(`pretrain/resilience/fault_injection.py` lists them). It winds the watchdog up again, and a fault that was asked for at
-this place happens there.
+`heartbeat.at(place)` is called where a step, a save, a growth event or a resume comes to a new place; the places are
+listed in `pretrain/resilience/fault_injection.py`. It restarts the watchdog's time, and makes a fault happen that was
+asked for at this place.
 """
 
 import threading
@@ -18,20 +18,20 @@ class Position:
         self.restart()
 
     def restart(self) -> None:
-        """Begins anew, as a process does."""
+        """Goes back to the position of a new process."""
         self.place, self.step, self.reached, self.since = "start", 0, 0, time.monotonic()
 
     def move(self, place: str, step: int) -> None:
         """Notes the place and the time."""
         self.place, self.step, self.since = place, step, time.monotonic()
-        self.reached += not place.startswith("save.")  # to some of which process 0 alone comes
+        self.reached += not place.startswith("save.")  # process 0 alone comes to some places of a save
 
 
 position = Position()
 
 
 def at(place: str, step: int | None = None) -> None:
-    """Marks that this process is at `place` of `step`; None: of the present one."""
+    """Marks that this process is at `place` of `step`; None: of the same step as before."""
     step = position.step if step is None else step
     if threading.current_thread() is threading.main_thread():
         position.move(place, step)
@@ -39,5 +39,5 @@ def at(place: str, step: int | None = None) -> None:
 
 
 def place_and_step() -> str:
-    """The place in words, for messages."""
+    """The place and the step in words, for messages."""
     return f"{position.place} of step {position.step}"

@@ -1,7 +1,8 @@
 """Keeps a second run out of a run's folder.
 
-The lock is the kernel's (`flock`): it ends with the process that holds it, however that ends. On NFS the server may
-keep the lock of a node that crashed for its lease, a minute or two. The file says who holds it, for people.
+The lock is the kernel's (`flock`), so it ends with the process that holds it, however that process ends. On NFS the
+server may keep the lock of a crashed node for a minute or two, the time of its lease. The file names the holder, for
+people.
 """
 
 import contextlib
@@ -23,13 +24,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside it this run has `folder` for itself; process 0 holds the lock, and all processes raise if it cannot."""
+    """Context in which this run alone uses `folder`. Process 0 holds the lock; if it cannot, all processes raise."""
     lock = together(lambda: _take(folder) if is_first_process() else None)
     try:
         yield
     finally:
         if lock is not None:
-            with contextlib.suppress(OSError):  # the folder may have gone
+            with contextlib.suppress(OSError):  # the folder may have been removed
                 if [path.name for path in folder.iterdir()] == [LOCK_FILE]:  # the run could not begin
                     (folder / LOCK_FILE).unlink()
                     folder.rmdir()
@@ -37,8 +38,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> FileLock:
-    """The lock, which is held."""
-    # A file system without flock is refused: a lock that is a mere file would stay behind a killed run.
+    """Takes the lock, and returns it."""
+    # A file system without flock is refused: a mere file as a lock would stay after a killed run.
     lock = FileLock(folder / LOCK_FILE, blocking=False, fallback_to_soft=False, on_acquired=_write_holder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,6 @@ def _take(folder: Path) -> FileLock:
 
 
 def _write_holder(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without the holder's name
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

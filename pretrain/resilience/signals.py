@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pretrain.agreement import SIGNALS
 
 _IMPATIENCE_SECONDS = 3.0
-"""Between two SIGTERMs that mean more than one: schedulers and launchers each send theirs."""
+"""Shortest time after which a second SIGTERM counts: scheduler and launcher may each send one for the same end."""
 
 
 class Signals:
     """SIGTERM and SIGUSR1 as a request to save and leave; a second SIGTERM, seconds later, ends the process at once.
 
-    A thread is told of them through a pipe, for Python's own handlers wait until the main thread comes back from
-    whatever collective it is in.
+    A thread reads them from a pipe, because Python runs its handlers only when the main thread comes back from the
+    collective that it is in.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""Watches that this process goes on, so that nobody waits for ever.
+"""Ends a process that does not go on, so that no process waits for ever.
 
-The watchdog is a thread of every process. When its process had no heartbeat (`pretrain/resilience/heartbeat.py`) for
-`guard.hang_seconds`, it finds out who is to blame, says so, shows the stacks, and ends the process with exit code 5: a
-process that waits for another inside a collective cannot do so itself. Processes know of each other through a small
-store that process 0 serves: each leaves a pulse there, with the place it is at.
+The watchdog is a thread of every process. If its process had no heartbeat (`pretrain/resilience/heartbeat.py`) for
+`guard.hang_seconds`, it finds out which process holds the others up, prints that and the stacks, and ends the process
+with exit code 5. A process that waits for another inside a collective cannot end itself. Each process writes a pulse,
+with the place where it is, into a small store that process 0 serves.
 """
 
 import faulthandler
@@ -31,12 +31,13 @@ _SLOWEST_PULSE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Pulse:
-    """What one process says of itself."""
+    """What one process reports about itself."""
 
     beat: int
-    """Goes up as long as the process lives, whatever its main thread does."""
+    """Counter that rises as long as the process lives, whatever its main thread does."""
     reached: int
-    """Places reached so far, but those of saves: the same everywhere when all wait for each other."""
+    """Number of places reached so far, without those of saves: the same on all processes when all wait for each
+    other."""
     place: str
     step: int
     host: str
@@ -46,7 +47,7 @@ class Watchdog(threading.Thread):
     """Ends this process when it, or one it waits for, has stopped."""
 
     def __init__(self, hang_seconds: float) -> None:
-        """A collective: process 0 serves the store."""
+        """Connects to the store, which process 0 serves; a collective."""
         super().__init__(name="watchdog", daemon=True)
         self.hang_seconds = hang_seconds
         self.pulse_seconds = min(hang_seconds / 5, _SLOWEST_PULSE_SECONDS)
@@ -66,7 +67,7 @@ class Watchdog(threading.Thread):
         return store or dist.TCPStore(address, int(port[0] or 0), wait_for_workers=False, timeout=timeout)
 
     def run(self) -> None:
-        # Behind a link that is down, a store answers nothing and raises nothing for a quarter of an hour.
+        # If the link is down, the store neither answers nor raises for a quarter of an hour.
         threading.Thread(target=self._leave_pulses, name="pulses", daemon=True).start()
         while not self.ended.wait(self.pulse_seconds):
             idle = time.monotonic() - position.since
@@ -105,7 +106,7 @@ class Watchdog(threading.Thread):
                 before = self._pulses()
                 time.sleep(3 * self.pulse_seconds)
                 now = self._pulses()
-            except RuntimeError:  # process 0 has found out for itself, said so and gone
+            except RuntimeError:  # process 0 has found the cause itself, printed it and ended
                 speaks = False
             else:
                 blamed = diagnosis(before, now, self.process, self.processes)
@@ -124,7 +125,7 @@ class Watchdog(threading.Thread):
 
 
 def diagnosis(before: Mapping[int, Pulse], now: Mapping[int, Pulse], observer: int, processes: int) -> str:
-    """Who holds the others up: a process without a pulse, or the one that has come least far."""
+    """Which process holds the others up, in words: one without a pulse, or the one that is furthest behind."""
     unheard = [process for process in range(processes) if process not in now]
     if unheard:
         return f"process {unheard[0]} has never answered"
@@ -144,8 +145,9 @@ _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|[Tt]imed out|NCCL 
 
 
 @contextmanager
-def lost_peers_told() -> Iterator[None]:
-    """Turns what torch raises when another process has gone into one sentence; no other error."""
+def lost_peers_reported() -> Iterator[None]:
+    """Turns the error that torch raises when another process is gone into a `HangError` of one sentence; leaves other
+    errors as they are."""
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own
@@ -159,7 +161,8 @@ def lost_peers_told() -> Iterator[None]:
 
 @contextmanager
 def watched(hang_seconds: float) -> Iterator[None]:
-    """Inside it faults happen and hangs end (0: they last); all processes enter it together."""
+    """Context in which planned faults happen and hangs end after `hang_seconds` (0: never); all processes enter it
+    together."""
     position.restart()
     plan_faults(dist.get_rank())
     watchdog = Watchdog(hang_seconds) if hang_seconds else None

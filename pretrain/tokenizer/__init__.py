@@ -1,1 +1,1 @@
-"""Text to ids and back."""
+"""Tokenizers: from text to ids and back."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 MODEL_NAME = "tokenizer.model"
-"""A sentencepiece model."""
+"""Name of a sentencepiece model's file."""
 JSON_NAME = "tokenizer.json"
-"""A Hugging Face tokenizer."""
+"""Name of a Hugging Face tokenizer's file."""
 SETTINGS_NAME = "tokenizer_config.json"
-"""Names the special tokens of a Hugging Face tokenizer."""
+"""Name of the file that names the special tokens of a Hugging Face tokenizer."""
 FILE_NAMES = (MODEL_NAME, JSON_NAME, SETTINGS_NAME)
 
 
@@ -25,9 +25,9 @@ class Tokenizer(ABC):
     """Text to ids and back; also what megatron-core's datasets ask of a tokenizer (`eod`, `vocab_size`, ...)."""
 
     path: Path
-    """Of the file that has the vocabulary."""
+    """File that holds the vocabulary."""
     fingerprint: str
-    """Of all that decides about ids."""
+    """Checksum of everything that decides about ids."""
     vocabulary: int
     end_of_document: int
     mask: int | None
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """For a report."""
+        """Name of this kind of tokenizer, for reports."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -56,12 +56,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, Path]:
-        """What has to be kept to open it again, by names of `FILE_NAMES`."""
+        """The files that are needed to open it again, by their names in `FILE_NAMES`."""
 
     @abstractmethod
     def export(self, folder: Path, sequence_length: int) -> None:
-        """Writes what `AutoTokenizer.from_pretrained(folder)` and `open_tokenizer` of the folder's file read;
-        `sequence_length` becomes `model_max_length`."""
+        """Writes the files that `AutoTokenizer.from_pretrained(folder)` and `open_tokenizer` read; `sequence_length`
+        becomes `model_max_length`."""
 
     @abstractmethod
     def comes_back(self, text: str, ids: Sequence[int]) -> bool:
@@ -79,11 +79,14 @@ class Tokenizer(ABC):
 
     @cached_property
     def unique_identifiers(self) -> dict[str, str]:
-        """What tells this tokenizer from others in megatron-core's description of a dataset."""
+        """Identifies this tokenizer in megatron-core's description of a dataset."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint}
 
 
 def main_file(names: Collection[str]) -> str | None:
-    """Which of the files in a folder is to be opened. Exports of ours hold a model and, for others, its JSON form; the
-    model decides. Folders of published models may hold both, too: there, name the file."""
+    """The file to open among the `names` in a folder; None if there is no tokenizer.
+
+    Our own exports hold a sentencepiece model and, for other libraries, its JSON form: the model decides. Folders of
+    published models may hold both, too: there, the user names the file.
+    """
     return next((name for name in (MODEL_NAME, JSON_NAME) if name in names), None)

@@ -1,9 +1,9 @@
 """A Hugging Face `tokenizer.json` as tokenizer, such as GPT-2, Llama 3 or Qwen publish it.
 
-Two families are read, since only for them is it known which bytes a token stands for: byte-level (GPT-2, Llama 3) and
-sentencepiece-like (Llama 2, Mistral, Gemma; U+2581 for a space). Unlike the sentencepiece models of
-`tools/train_tokenizer.py` such a tokenizer may change text (by normalizing it, or by adding a space in front):
-`tools/preprocess_corpus.py` counts the documents that do not come back.
+Two families are supported, since only for them is it known which bytes a token stands for: byte-level (GPT-2, Llama 3)
+and sentencepiece-like (Llama 2, Mistral, Gemma; U+2581 for a space). Unlike the sentencepiece models of
+`tools/train_tokenizer.py`, such a tokenizer may change text (by normalizing it, or by adding a space in front).
+`tools/preprocess_corpus.py` counts the documents that do not come back as they were.
 
 The end of a document is the `eos_token` of the `tokenizer_config.json` beside it, or else the only special token that
 there is. Special tokens are only ever added by id: where text spells one, it is split like other text.
@@ -35,7 +35,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._settings_path = self.path.with_name(SETTINGS_NAME)
         content = _read(self.path)
         self._settings: dict[str, Any] = _settings(self._settings_path) if self._settings_path.is_file() else {}
-        # The Rust library takes most wrong files for an error, and panics over some.
+        # The Rust library raises errors for most wrong files, and panics over some.
         try:
             self._tokenizer = TokenizerFile.from_str(content.decode("utf-8"))
         except BaseException as error:
@@ -105,7 +105,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def export(self, folder: Path, sequence_length: int) -> None:
         shutil.copyfile(self.path, folder / JSON_NAME)
         settings = {
-            # Code of others is never asked for, and the class below takes tokenizer.json as it is.
+            # Foreign code is never asked for, and the class below takes tokenizer.json as it is.
             **{name: value for name, value in self._settings.items() if name != "auto_map"},
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._tokens[self.end_of_document],
@@ -180,7 +180,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _kinds(part: Any) -> Iterator[str]:
-    """The types a pre-tokenizer or decoder is made of."""
+    """Types of the parts of a pre-tokenizer or decoder."""
     if isinstance(part, dict):
         yield str(part.get("type"))
         for inner in (part.get("pretokenizers") or []) + (part.get("decoders") or []):

@@ -9,8 +9,8 @@ from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a sentencepiece model file, a tokenizer.json, or a folder that holds one of them; DataError
-    where there is none or one that cannot be used."""
+    """The tokenizer in a sentencepiece model file, a tokenizer.json, or a folder that holds one of them; DataError if
+    there is none, or if it cannot be used."""
     path = Path(path)
     if path.is_dir():
         name = main_file({file.name for file in path.iterdir()})

@@ -40,27 +40,28 @@ from pretrain.errors import DataError
 from pretrain.tokenizer.base import MODEL_NAME, Tokenizer
 
 SPACE = "\u2581"
-"""Stands for a space inside pieces."""
+"""Character that stands for a space inside pieces."""
 END_OF_DOCUMENT = f"<|end{SPACE}of{SPACE}document|>"
 """Spelling of the control token behind every document; added by id, never read from text."""
 MASK = "<mask>"
-"""Spelling of the control token that hides a token from a masked objective, where the tokenizer has one; the same."""
+"""Spelling of the control token that hides a token from a masked objective, if the tokenizer has one; added by id,
+never read from text."""
 MAXIMUM_RUN = 1536
 """Longest run of spaces, and of other characters, that is encoded as a whole."""
 SCORE_QUANTUM = 2.0**-7
-"""Unigram scores are multiples of it."""
+"""Unit of unigram scores: all are multiples of it."""
 LARGEST_EXACT_SUM = SCORE_QUANTUM * 2**24
-"""Single precision holds every multiple of `SCORE_QUANTUM` up to here."""
+"""Largest number up to which single precision holds every multiple of `SCORE_QUANTUM`."""
 UNKNOWN_PENALTY = 10.0
-"""A character without a piece costs sentencepiece's unigram model this much more than the rarest piece."""
+"""How much worse than the rarest piece sentencepiece's unigram model scores a character without a piece."""
 SEGMENT_PATTERN = f"[ {SPACE}]{{1,{MAXIMUM_RUN}}}[^ {SPACE}]{{0,{MAXIMUM_RUN}}}|[^ {SPACE}]{{1,{MAXIMUM_RUN}}}"
-"""One word with the spaces in front of it: no piece reaches beyond it."""
+"""Pattern of one word with the spaces in front of it, beyond which no piece reaches."""
 
 UNREACHABLE_SCORE = -4096.0
-"""Lower than the sum of any special piece's spelling, character by character."""
+"""Score of special pieces, lower than the sum of any spelling of them, character by character."""
 
 _SEGMENT = re.compile(SEGMENT_PATTERN)
-# Some thousand characters of whole words: fewer calls than one per word, the same ids.
+# Blocks of some thousand characters, in whole words: the same ids with fewer calls than one per word.
 _BLOCK = re.compile(rf"(?s:.{{1,1024}})[ {SPACE}]*[^ {SPACE}]*")
 _PIECE = re.compile(f"{SPACE}+|{SPACE}?[^ {SPACE}]+")
 
@@ -88,7 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{self.path} is not a sentencepiece model: train one with tools/train_tokenizer.py"
             ) from error
         self.model = sentencepiece_model_pb2.ModelProto.FromString(content)
-        reason = _reason_against(self.model)
+        reason = _unmet_condition(self.model)
         if reason:
             raise DataError(
                 f"the tokenizer {self.path} cannot be used exactly: {reason}; train one with tools/train_tokenizer.py"
@@ -183,9 +184,9 @@ def _merges(tokenizer: SentencePieceTokenizer) -> list[tuple[str, str]]:
         for cut in range(1, len(union)):
             left, right = union[:cut], union[cut:]
             if left in pieces and right in pieces:
-                # Two cuts of one piece compete only as left|right|left' with left+right == right+left': the leftmost
-                # is due first, and there the right part is also the beginning of the union. In a run of one repeated
-                # unit that holds both ways; there the longer part stands left, shorter ones being remainders.
+                # Two cuts of one piece compete only as left|right|left' with left+right == right+left'. The leftmost
+                # comes first, and there the right part is also the beginning of the union. In a run of one repeated
+                # unit that holds for both; there the longer part stands left, since shorter ones are remainders.
                 ranked.append((rank, not union.startswith(right), -cut, left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]
 
@@ -196,7 +197,7 @@ def _unigram(tokenizer: SentencePieceTokenizer) -> models.Unigram:
 
 
 def is_exact(path: Path) -> bool:
-    """Whether a file is a sentencepiece model that meets the conditions above."""
+    """Whether a file is a sentencepiece model that meets the conditions in this module's docstring."""
     try:
         SentencePieceTokenizer(path)
     except DataError:
@@ -204,8 +205,8 @@ def is_exact(path: Path) -> bool:
     return True
 
 
-def _reason_against(model: Any) -> str | None:
-    """Why a model does not meet the conditions in this module's docstring, or None."""
+def _unmet_condition(model: Any) -> str | None:
+    """The first condition in this module's docstring that the model does not meet, in words; None if it meets all."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (TrainerSpec.BPE, TrainerSpec.UNIGRAM):
         return "it is neither a BPE nor a unigram model"

@@ -1,4 +1,4 @@
-"""A device that a run cannot train on is refused in one sentence; torch's answers are pretended."""
+"""A device that a run cannot train on is refused in one sentence; torch's answers are faked."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pretrain.planning.fitting import check_memory
 
 
 class Machine:
-    """What torch says of a machine with GPUs."""
+    """Fakes what torch reports about a machine with GPUs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.monkeypatch, self.folder = monkeypatch, folder
@@ -24,7 +24,7 @@ class Machine:
         self.has(0)
 
     def has(self, gpus: int, *, seen: int | None = None, capability: tuple[int, int] = (9, 0)) -> None:
-        """`seen`: GPUs that torch can use."""
+        """Gives the machine `gpus` GPUs, of which torch can use `seen`."""
         seen = gpus if seen is None else seen
         for number in range(gpus):
             (self.folder / f"nvidia{number}").touch()
@@ -124,7 +124,7 @@ def test_a_run_is_refused_before_processes_meet(machine: Machine, monkeypatch: p
 
 
 def test_nccls_complaints_become_a_sentence() -> None:
-    """In the form in which torch hands them on: its own words, then NCCL's last error."""
+    """NCCL's complaints come as torch hands them on: its own words, then NCCL's last error."""
     head = "NCCL error in: ProcessGroupNCCL.cpp:1, invalid usage\nncclInvalidUsage: This is a mistake.\nLast error:\n"
     twice = refused_meeting(head + "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000")
     assert isinstance(twice, ConfigError)
@@ -138,7 +138,7 @@ def test_nccls_complaints_become_a_sentence() -> None:
 def test_a_machines_memory_is_shared_by_its_own_processes(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whatever launcher says how many they are: DeepSpeed's, torchrun's, OpenMPI's."""
+    """The number of processes comes from DeepSpeed's launcher, torchrun or OpenMPI."""
     for launcher in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(launcher, raising=False)
     config = parse_config(
@@ -158,7 +158,7 @@ def test_a_machines_memory_is_shared_by_its_own_processes(
 
 
 def test_a_gpu_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what is free, not by what the card has."""
+    """Free memory decides, not the card's whole memory."""
     machine.has(1)
     config = parse_config(
         {

@@ -1,4 +1,4 @@
-"""What is settled before a device is first used: variables, torch's switches, and how long processes wait."""
+"""Settings made before a device is first used: variables, torch's switches, and how long processes wait."""
 
 import os
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def config(**sections: dict) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every variable unset before, and no switch left on."""
+    """Unsets every variable before a test, and switches everything off after it."""
     for name in (*ALLOCATOR_NAMES, CONNECTIONS, WORKSPACE, "DEEPSPEED_TIMEOUT", "RANK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -72,8 +72,8 @@ def test_kernels_start_in_order_under_tensor_parallelism_alone(
 
 @pytest.mark.filterwarnings("error")
 def test_tf32_is_off_unless_it_is_asked_for() -> None:
-    """Without a warning; torch 2.13 raises where its old and its new switches are mixed."""
-    torch.set_float32_matmul_precision("high")  # as an image may have done by a variable of its own
+    """Setting it gives no warning; torch 2.13 raises if its old and new switches are mixed."""
+    torch.set_float32_matmul_precision("high")  # as a container image may do by an environment variable
     settle_device(config())
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
@@ -103,7 +103,7 @@ def test_deterministic_algorithms_are_a_setting(monkeypatch: pytest.MonkeyPatch)
 
 
 def _cudnn_attends(deterministic: bool) -> bool:
-    """Whether torch may choose cuDNN's attention on a Hopper card, once a model is there."""
+    """Whether torch may choose cuDNN's attention on a Hopper card after a model was built."""
     settle_device(config(train={"deterministic": deterministic}))
     with patch("torch.cuda.get_device_capability", lambda: (9, 0)):
         prefer_fast_kernels()
@@ -127,7 +127,7 @@ def _timeouts(stage: int, hang_seconds: float) -> set[timedelta]:
 
 
 def test_every_group_waits_longer_than_the_watchdog() -> None:
-    """DeepSpeed's, too, should it ever make one."""
+    """All groups have the timeout, also one that DeepSpeed might make."""
     for timeouts in run(_timeouts, 2, 3, 7200.0):
         assert timeouts == {timedelta(seconds=7500)}
 
@@ -138,7 +138,7 @@ RAISING = {
     "replication_pad1d_backward", "scatter_reduce", "upsample_bilinear2d_backward", "_ctc_loss_backward",
     "_embedding_bag_backward",
 }  # fmt: skip
-"""ATen's names of what has no deterministic form on a GPU, by torch 2.13's `use_deterministic_algorithms`."""
+"""ATen operators without a deterministic form on a GPU, as torch 2.13's `use_deterministic_algorithms` lists them."""
 
 
 class _Seen(TorchDispatchMode):
@@ -156,7 +156,7 @@ class _Seen(TorchDispatchMode):
 def _steps(
     family: str, tensor: int, stage: int
 ) -> tuple[set[str], list[tuple[float, float]], list[tuple[float, float]]]:
-    """Operators of two deterministic steps with a growth between them; losses and norms, and those without the mode."""
+    """Operators of two steps with a growth between them; losses and norms of deterministic steps, and of plain ones."""
     config = ModelConfig(
         family=family, layers=1, hidden=32, heads=4, sequence_length=16, vocabulary=100, hidden_dropout=0.1
     )
@@ -165,7 +165,7 @@ def _steps(
     seen = _Seen()
     for deterministic in (True, False):
         settle_arithmetic(deterministic=deterministic, tf32=False)
-        # On a CPU every operator goes on; what is filled shows whether one reads what nobody wrote.
+        # On a CPU no operator raises. Filled memory shows whether one reads what was never written.
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         small_run = SmallRun(config, small, Case(tensor=tensor, stage=stage))
         with seen:
@@ -178,8 +178,8 @@ def _steps(
 
 @pytest.mark.parametrize(("family", "tensor", "stage"), [("gpt2", 1, 1), ("llama", 2, 3)])
 def test_no_operator_of_a_step_lacks_a_deterministic_form(family: str, tensor: int, stage: int) -> None:
-    """Else a run with train.deterministic would end in an error of torch on its first step on a GPU. The bits are those
-    of a run without it, with all new memory filled."""
+    """An operator without one would end a run with train.deterministic in its first step on a GPU. The bits are the
+    same as without the setting, even if all new memory is filled."""
     for names, filled, plain in run(_steps, tensor, family, tensor, stage):
         assert {"mm", "native_layer_norm", "addmm"} & names
         assert not RAISING & names

@@ -13,7 +13,7 @@ from pretrain.disk import JsonLines, decode_json, replace_bytes, replace_text, w
 
 @contextmanager
 def files_up_to(size_bytes: int) -> Iterator[None]:
-    """A real limit on the size of files, which stands in for a full disk."""
+    """Limits the size of files, in place of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:

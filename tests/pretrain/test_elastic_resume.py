@@ -1,8 +1,8 @@
 """Resume on another layout: from any tensor-parallel and data-parallel size and ZeRO stage to any other, after growth.
 
-What a layout writes is its logical state, what a layout takes up is the checkpoint's, both to the bit; and a run that
-changes its layout goes on as if it had not, to rounding. By default a sample that spans tensor parallel, data parallel,
-stages and parametrizations; all of it with `-m matrix`.
+A layout writes its logical state to the bit, and restores the checkpoint's to the bit. A run that changes its layout
+continues as if it had not, up to rounding. By default a sample of the cases spans tensor parallel, data parallel,
+stages and parametrizations; `-m matrix` runs them all.
 """
 
 import json
@@ -25,7 +25,7 @@ from tests.support.elastic import (
     Found,
     Place,
     many_processes,
-    take_up_and_look,
+    resume_and_look,
     train_and_look,
     train_and_note_samples,
 )
@@ -33,14 +33,14 @@ from tests.support.training_runs import curve, make_corpus, releasing, write_con
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 SECONDS = 600.0
-"""For sixteen processes on few cores."""
+"""Time limit for sixteen processes on few cores."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "factored": {"family": "llama", "query_groups": 2},
     "additive": {"family": "gpt2"},
     "dense": {"family": "llama", "query_groups": 4},
 }
-"""By parametrization."""
+"""Model settings by parametrization."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,19 +74,19 @@ def _releasing(place: Place, folder: Path) -> list[str]:
     return [*place.settings, f"deepspeed.config={releasing(folder.with_suffix('.json'))}"]
 
 
-# What is written, what is taken up ------------------------------------------------------------------------------------
+# What is written, what is restored ------------------------------------------------------------------------------------
 
 WRITTEN_AT = 5
 """Steps of a run that grows after the second one."""
 
 SOURCES = {"factored": Place(2, 2, 3), "additive": Place(4, 1, 1), "dense": Place(1, 4, 2)}
-"""Who writes what the readers take up."""
+"""Layout that writes the checkpoint for all readers, by parametrization."""
 READERS = [(Place(4, 1, 0), "factored"), (Place(1, 2, 3), "additive")]
 
 
 @dataclass(frozen=True)
 class Written:
-    """A run that has ended: its folder, its config, and the state that was in its engine."""
+    """A finished run: its folder, its config, and the last state of its engine."""
 
     folder: Path
     config: Path
@@ -117,7 +117,7 @@ def written(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def _assert_same(checkpoint: CheckpointReader, found: Found) -> None:
-    """Every logical tensor of the checkpoint, to the bit, and what Adam counts."""
+    """Asserts that every logical tensor is the checkpoint's to the bit, and that Adam's step count is the same."""
     assert found.states["master"].keys() == checkpoint.layouts.keys()
     for name in checkpoint.layouts:
         for key in ("master",) if name in checkpoint.frozen else KEYS:
@@ -141,7 +141,7 @@ def _assert_same(checkpoint: CheckpointReader, found: Found) -> None:
     ids=str,
 )
 def test_a_checkpoint_is_the_logical_state(written: Callable[[Place, str], Written], place: Place, kind: str) -> None:
-    """State of a run that has grown: what one process reads, and what is gathered from the engine that wrote it."""
+    """After a growth, one process reads the state that is gathered from the engine that wrote it."""
     source = written(place, kind)
     checkpoint = source.checkpoint
     checkpoint.verify()
@@ -167,14 +167,14 @@ def test_a_checkpoint_is_the_logical_state(written: Callable[[Place, str], Writt
     ],
     ids=str,
 )
-def test_any_layout_takes_up_the_logical_state(
+def test_any_layout_restores_the_logical_state(
     written: Callable[[Place, str], Written], tmp_path: Path, place: Place, kind: str
 ) -> None:
-    """On every process, before the first step."""
+    """Every process has the whole state before the first step."""
     source = written(SOURCES[kind], kind)
     folder = shutil.copytree(source.folder, tmp_path / "run")
     overrides = [*place.settings, f"run.folder={folder}", f"train.steps={WRITTEN_AT + 1}"]
-    for found in run(take_up_and_look, place.processes, str(source.config), overrides, timeout_seconds=SECONDS):
+    for found in run(resume_and_look, place.processes, str(source.config), overrides, timeout_seconds=SECONDS):
         _assert_same(source.checkpoint, found)
 
 
@@ -187,12 +187,13 @@ GROWTH: dict[str, dict[str, Any]] = {
     "after": {"schedule": [{"step": 4, "rank": 6}, {"step": 8, "rank": 10}]},
     "measured": {"policy": "gradient", "schedule": [], "check_every": 4, "stop_step": STEPS, "probe": 4, "budget": 0.9},
 }
-"""When ranks grow, seen from the change of layout, which is in the midst of a measurement for the last of them."""
+"""Settings of growth by when ranks grow: before, at or after the change of layout; "measured": the change is in the
+middle of a measurement."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A run that begins on one layout and goes on on another."""
+    """A run that begins on one layout and continues on another."""
 
     writer: Place
     reader: Place
@@ -205,8 +206,9 @@ class Change:
 
 
 def _changes(count: int) -> list[Change]:
-    """Some of the 36 · 35 changes, the same ones every time: every layout writes and every layout reads; with this seed
-    there are all pairs of tensor-parallel sizes, of data-parallel sizes and of stages, and all growth in both families.
+    """Some of the 36 · 35 changes, the same ones every time. Every layout writes and every layout reads. This seed
+    covers all pairs of tensor-parallel sizes, of data-parallel sizes and of stages, and every kind of growth in both
+    families.
     """
     generator = random.Random(82)
     found: list[Change] = []
@@ -233,8 +235,8 @@ CHANGES = [
     ids=str,
 )
 def test_the_curve_goes_on_on_another_layout(corpus: Path, tmp_path: Path, change: Change) -> None:
-    """The run to its end, and again from the midst of it on the other layout: the same losses, the next samples. Where
-    both have ZeRO 3, the reader keeps small parameters whole and the writer does not."""
+    """A run that is continued on the other layout has the same losses and takes the next samples, as if it had gone on
+    where it was. If both have ZeRO 3, the reader keeps small parameters whole and the writer does not."""
     folder = tmp_path / "run"
     groups = 2 if change.family == "llama" else 0
     model = {"family": change.family, "parametrization": change.parametrization, "query_groups": groups}

@@ -1,4 +1,4 @@
-"""Where commands start: what lies beside a script hides no library."""
+"""Commands start without the script's folder on the path, so files beside the script hide no library."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ run_command(main)
 
 
 def test_a_scripts_neighbours_hide_no_library(tmp_path: Path) -> None:
-    """As `tools/evaluate.py` would hide a library of that name."""
+    """`tools/evaluate.py` would otherwise hide a library called evaluate."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "tools")
     (tmp_path / "tools" / "wave.py").touch()

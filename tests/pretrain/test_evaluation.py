@@ -21,7 +21,7 @@ from tools import evaluate as command
 
 
 def evaluate_in_worker(path: str, tensor: int, stride: int) -> Evaluation:
-    """A text of 101 tokens, windows of the model's length."""
+    """Evaluates a text of 101 tokens by windows of the model's length."""
     initialize_process_groups(tensor)
     model = find_model(Path(path), tensor)
     tokenizer = open_tokenizer(model.tokenizer_path)
@@ -66,7 +66,7 @@ def test_the_same_loss_from_every_form_on_every_layout(tmp_path: Path) -> None:
 
 
 def test_documents_one_by_one(tmp_path: Path) -> None:
-    """Every token is predicted once, as it is where its document is the whole text."""
+    """Every token is predicted once, just as if its document were the whole text."""
     merged = str(random_consolidated(tmp_path / "merged", small_tokenizer(tmp_path), "llama"))
     documents = [[5, 6, 7], [8] * 70, [9], [5, 8] * 20]
     end = open_tokenizer(tmp_path / "tokenizer.model").end_of_document

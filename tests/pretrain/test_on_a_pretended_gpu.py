@@ -1,5 +1,5 @@
-"""Whole runs on a pretended GPU (`tests/support/pretended_cuda.py`): nothing that a GPU refuses, no host wait and no
-kernel that was not there before."""
+"""Whole runs on a pretended GPU (`tests/support/pretended_cuda.py`) do nothing that a GPU would refuse, and have no new
+host waits or kernels."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from tests.support.training_runs import make_corpus
 from tests.support.whole_runs import grown_run, plain_step, problems_of_run, problems_of_tool, waits_with_planted_read
 
 HOST_WAITS_OF_PLAIN_STEP = 1
-"""Waits of a plain step: the one of `pretrain/agreement.py`."""
+"""Host waits of a plain step: the one in `pretrain/agreement.py`."""
 HOST_WAITS_OF_EVENT = 15
-"""Waits of an event beside those in DeepSpeed's code, which at stage 3 grow with the layers."""
+"""Host waits of a growth event without those in DeepSpeed's code, whose number grows with the layers at stage 3."""
 FIXED = ["rank.policy=fixed", "rank.schedule=[]"]
 GPT2 = ["model.family=gpt2"]
 DENSE = [*FIXED, "model.parametrization=dense"]
@@ -27,8 +27,8 @@ KERNELS_OF_PLAIN_STEP = {
     "gpt2": ([*GPT2, *FIXED], 233),
     "gpt2 dense": ([*GPT2, *DENSE], 186),
 }
-"""Settings and most kernels of a plain step of two layers in bf16 at ZeRO 1: what it took when this was written, and
-2 %. Lower them with every step that becomes smaller."""
+"""Settings and most kernels of a plain step of two layers in bf16 at ZeRO 1: the count when this was written, plus 2 %.
+Lower a number whenever the step becomes smaller."""
 
 SMALL = [
     "model.layers=2", "model.hidden=32", "model.heads=4", "model.query_groups=0", "model.sequence_length=4",
@@ -72,13 +72,13 @@ RUNS: dict[str, tuple[int, list[int], list[str]]] = {
         ],
     ),
 }  # fmt: skip
-"""Processes, steps between which the run stops and resumes, settings. Every policy, stage, precision, parametrization
-and recomputation is there. Steps have two sequences, a micro-step, or four."""
+"""Processes, the steps at which the run stops (and resumes), and settings. The runs cover every policy, stage,
+precision, parametrization and recomputation. A step has two sequences, one micro-step, or four."""
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of data."""
+    """Settings of section `data` for a small corpus."""
     folder = tmp_path_factory.mktemp("corpus")
     make_corpus(folder, mask_token=True)
     return [f"data.prefix={folder}/corpus", f"data.tokenizer={folder}/tokenizer.model", "data.split=80,20,0"]
@@ -160,7 +160,8 @@ def test_tools_take_what_came_out(pretending: WorkerPool, corpus: list[str], tmp
 @pytest.mark.slow
 def test_benchmarks_run(pretending: WorkerPool) -> None:
     step = ["--layers", "1", "--hidden", "64", "--heads", "4", "--sequence", "16", "--vocabulary", "500"]
-    step += ["--micro-batch", "1", "--warm-up", "1", "--repeats", "1"]  # no profile, whose events CUDA itself records
+    # No profile: CUDA itself records a profile's events.
+    step += ["--micro-batch", "1", "--warm-up", "1", "--repeats", "1"]
     growth = ["--hidden", "64", "--layers", "1", "--width", "128", "--vocabulary", "500", "--sequence", "16"]
     growth += ["--batch", "1", "--events", "1", "--steps", "2", "--repeats", "1", "--only", "spectra", "events"]
     for tool, flags in (("benchmarks.step", step), ("benchmarks.growth", growth)):

@@ -92,7 +92,7 @@ ALL_CURVES = [
         if (variant, layout) not in CURVES
     ),
 ]
-"""Variant and layout; by default a sample that spans both."""
+"""Pairs of variant and layout; without `-m matrix` a sample that spans both."""
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,8 @@ def test_bf16_follows_fp32(corpus: Path, tmp_path: Path, stage: int, family: str
     ("stage", "family"), [(2, "llama"), *(pytest.param(stage, "gpt2", marks=pytest.mark.matrix) for stage in (1, 3))]
 )
 def test_fp16_skips_until_its_scale_fits_and_grows(corpus: Path, tmp_path: Path, stage: int, family: str) -> None:
-    """Skipped steps are counted and leave Adam's step count alone; the loss scale survives both events and a resume."""
+    """Skipped steps are counted and do not change Adam's step count; the loss scale survives both growth events and a
+    resume."""
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"fp16": {"initial_scale_power": 24, "hysteresis": 1}}))
     overrides = ["parallel.tensor=2", "train.precision=fp16", f"deepspeed.stage={stage}", f"deepspeed.config={file}"]
@@ -176,7 +177,7 @@ def test_fp16_skips_until_its_scale_fits_and_grows(corpus: Path, tmp_path: Path,
 
 
 def test_growth_asks_no_deepspeed_file_again(corpus: Path, tmp_path: Path) -> None:
-    """It may move while the run goes on; the run's own record has what it said."""
+    """The file may move while the run goes on: the run's own record has its content."""
     file, run_folder = tmp_path / "deepspeed.json", tmp_path / "run"
     file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 3000}}))
     config = write_config(tmp_path / "run.yaml", corpus, run_folder)
@@ -191,7 +192,7 @@ def test_growth_asks_no_deepspeed_file_again(corpus: Path, tmp_path: Path) -> No
 
 
 def test_a_run_opens_its_tokenizer_once(corpus: Path, tmp_path: Path) -> None:
-    """And asks it once how long tokens are, in however many validations."""
+    """The lengths of its tokens are computed once, too, for any number of validations."""
     config = write_config(tmp_path / "run.yaml", corpus, tmp_path / "run")
     overrides = ["train.validate_every=2", "train.steps=6", "rank.policy=fixed", "rank.schedule=[]"]
     assert run(train_and_count_tokenizers, 1, str(config), overrides) == [(1, 1)]
@@ -234,7 +235,8 @@ MEASURED: dict[str, dict[str, Any]] = {
 def test_what_was_measured_decides_alike_on_every_layout(
     corpus: Path, tmp_path: Path, policy: str, family: str, parametrization: str
 ) -> None:
-    """One process, tensor parallel, data parallel with accumulation: the same ranks, within the budget."""
+    """Ranks are the same, and within the budget, on one process, tensor parallel, and data parallel with
+    accumulation."""
     rank = {"policy": policy, "schedule": [], "check_every": 4, "stop_step": 12, **MEASURED[policy]}
     if parametrization == "additive":
         rank["budget_unit"] = "parameters"
@@ -288,7 +290,8 @@ def test_divergence_is_one_sentence_and_saves_nothing(corpus: Path, tmp_path: Pa
 
 
 def _cut_back(folder: Path, copy: Path, step: int) -> None:
-    """What a kill after the checkpoint of `step` leaves: nothing later, `latest` pointing at what is gone."""
+    """Makes a copy as a kill after the checkpoint of `step` leaves it: nothing later, and `latest` names a folder that
+    is gone."""
     shutil.copytree(folder, copy)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > step:
@@ -304,7 +307,7 @@ GRADIENT = {
     "rank.budget": 0.9,
     "rank.truncate": 0.001,
 }
-"""Decides at steps 4 and 8, and measures in the three steps before each."""
+"""Settings that decide at steps 4 and 8, and measure in the three steps before each."""
 
 RESUMES = [
     ({"parallel.tensor": 2, **GRADIENT}, "llama"),
@@ -339,8 +342,8 @@ RESUMES = [
 
 @pytest.mark.parametrize(("settings", "family"), RESUMES)
 def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: dict[str, Any], family: str) -> None:
-    """From right before an event (4), right after it (5), several events before the end (2), and between (9); with
-    policy gradient also from the midst of a measurement (2, 7) and from between it and the decision (4, 8)."""
+    """Resumes right before a growth event (4), right after one (5), several events before the end (2), and between two
+    (9). With policy gradient also in the middle of a measurement (2, 7), and between it and the decision (4, 8)."""
     overrides = [f"{key}={value}" for key, value in settings.items()] + ["checkpoint.every=1"]
     sections = {"model": {"family": family, "hidden_dropout": 0.1, "attention_dropout": 0.1}}
     whole = _train(corpus, tmp_path / "whole", 2, *overrides, **sections)
@@ -351,7 +354,7 @@ def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: di
             (event["before"][name], event["after"][name]) for event in final.state["growth"] for name in event["after"]
         ]
         assert any(after > before for before, after in changes)
-        if settings.get("train.precision") != "bf16":  # the additive case, where nothing is small enough to cut
+        if settings.get("train.precision") != "bf16":  # in the additive case nothing is small enough to truncate
             assert any(after < before for before, after in changes)
         assert (whole / "checkpoints" / "step_000000007" / "probe.safetensors").exists()
     for step in (2, 4, 7, 8) if settings.get("rank.policy") == "gradient" else (2, 4, 5, 9):
@@ -375,7 +378,7 @@ def test_resume_continues_bit_for_bit(corpus: Path, tmp_path: Path, settings: di
     ],
 )
 def test_another_layout_takes_over(corpus: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
-    """Two processes begin on one layout and go on on another: the same curve to rounding."""
+    """Two processes begin on one layout and continue on another; the curve is the same up to rounding."""
     whole = _train(corpus, tmp_path / "whole", 2, *first, "checkpoint.every=6")
     again = tmp_path / "again"
     _cut_back(whole, again, 6)
@@ -413,7 +416,8 @@ def _wait_for(condition: Any, launcher: subprocess.Popen[str], seconds: float = 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["step", "save"])
 def test_kill_minus_nine_costs_nothing_committed(corpus: Path, tmp_path: Path, moment: str) -> None:
-    """One of two processes is killed in mid-run or in mid-save; started again, the run ends as if nothing had been."""
+    """One of two processes is killed during the run or during a save; started again, the run ends as if nothing had
+    happened."""
     sections = {"model": {"hidden": 256}, "train": {"steps": 10}, "checkpoint": {"every": 3}}
     whole = _train(corpus, tmp_path / "whole", 2, "parallel.tensor=2", **sections)
     folder = tmp_path / "killed"
@@ -495,7 +499,8 @@ def test_resume_needs_the_same_samples(corpus: Path, tmp_path: Path) -> None:
 def test_full_disk_ends_the_run_with_one_sentence(
     corpus: Path, tmp_path: Path, size: str, kind: type[EspalierError]
 ) -> None:
-    """A real file system too small for the checkpoint, or for the order of the samples, where we may mount one."""
+    """The disk is a real file system, too small for the checkpoint or for the order of the samples, if we may mount
+    one."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=False).returncode:

@@ -61,12 +61,12 @@ def audited_runs(folder: str, config: str) -> None:
 
     sys.addaudithook(listen)
     with _output_in(Path(folder, "output.txt")):
-        run = run_training(load_config(config), dist.get_world_size())
-        assert run is not None
+        trainer = run_training(load_config(config), dist.get_world_size())
+        assert trainer is not None
         during_training = len(unpickled)
         pickle.loads(pickle.dumps(Path("x")))  # the listener listens
         parallel_state.destroy_model_parallel()
-        step = CheckpointReader(Path(run.config.run.folder, "checkpoints", "step_000000003")).folder
+        step = CheckpointReader(Path(trainer.config.run.folder, "checkpoints", "step_000000003")).folder
         plant(step / "probe.safetensors", pickled(Path(folder, "canary")))
         for newer in step.parent.glob("step_00000000[45]"):
             newer.rename(Path(folder, newer.name))

@@ -77,12 +77,12 @@ class Found:
 
 def train_and_look(config: str, overrides: list[str]) -> Found:
     """A whole run, and the state it ends in."""
-    run = run_training(load_config(config, overrides), dist.get_world_size())
-    assert run is not None
-    return _look(run.engine)
+    trainer = run_training(load_config(config, overrides), dist.get_world_size())
+    assert trainer is not None
+    return _look(trainer.engine)
 
 
-def take_up_and_look(config: str, overrides: list[str]) -> Found:
+def resume_and_look(config: str, overrides: list[str]) -> Found:
     """A run up to where its first step would begin, and the state it has there."""
     with patch("pretrain.train.train"):
         return train_and_look(config, overrides)
@@ -103,8 +103,8 @@ def _look(engine: DeepSpeedEngine) -> Found:
 def train_and_note_samples(config: str, overrides: list[str]) -> tuple[int, list[int]]:
     """A whole run: this process's data-parallel index, and the training samples it took, in order."""
     with patch("pretrain.data.prefetch.batch_at", wraps=batch_at) as reading:
-        run = run_training(load_config(config, overrides), dist.get_world_size())
-    assert run is not None
+        trainer = run_training(load_config(config, overrides), dist.get_world_size())
+    assert trainer is not None
     calls = [call.args for call in reading.call_args_list]
-    assert all(dataset is run.corpus.train for dataset, _, _ in calls)
+    assert all(dataset is trainer.corpus.train for dataset, _, _ in calls)
     return data_index(), [first + sample for _, first, count in calls for sample in range(count)]

@@ -86,12 +86,12 @@ def _pointwise_cases() -> dict[str, Difference]:
             query, key, _ = mixed.split([heads // groups * size, size, size], dim=-1)
             query = query.reshape(7, 3, heads, size)
             tables = rotary.RotaryPositions(100.0, size)._up_to(query)
-            turned = rotary._turned(query, key, *tables)
+            rotated = rotary._rotated(query, key, *tables)
             name = f"rotary {str(dtype)[6:]} {heads}/{groups}"
-            cases[name] = _relative(pointwise_kernels.rotated(query, key, *tables), turned)
+            cases[name] = _relative(pointwise_kernels.rotated(query, key, *tables), rotated)
             # in the order of attention's gradients: heads outside
             query, key = (heads.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for heads in (query, key))
-            cases[name + " back"] = _relative(pointwise_kernels.rotated(query, key, *tables), turned)
+            cases[name + " back"] = _relative(pointwise_kernels.rotated(query, key, *tables), rotated)
     return cases
 
 
@@ -118,7 +118,7 @@ def compile_for_gpus() -> None:
         norm_kernels._scaled_gradient: product | {"PADDED": 2},
         pointwise_kernels._swiglu: {"BLOCK": 1024},
         pointwise_kernels._swiglu_gradient: {"BLOCK": 1024},
-        pointwise_kernels._turn: {"HEADS": 16, "GROUPS": 4, "HALF": 32},
+        pointwise_kernels._rotate: {"HEADS": 16, "GROUPS": 4, "HALF": 32},
     }
     numbers = ("width", "tokens", "rank", "batch", "heads", "groups", "half", "_seq", "_batch", "_head")
     for kernel, fixed in constants.items():

@@ -97,21 +97,21 @@ def train_and_count_tokenizers(config: str, overrides: list[str]) -> tuple[int, 
 def train_and_probe(config: str, overrides: list[str], new_tokens: int) -> tuple[Tensor, list[int]]:
     """A whole run, and then what the trained model says: logits `(1, seq, padded vocabulary)` of a fixed text, and its
     greedy continuation of the first half of it."""
-    run = run_training(load_config(config, overrides), dist.get_world_size())
-    assert run is not None
-    run.engine.eval()
-    tokens = probe_tokens(run.config.model.vocabulary, run.config.model.sequence_length)
-    logits = _whole_logits(run, tokens)
+    trainer = run_training(load_config(config, overrides), dist.get_world_size())
+    assert trainer is not None
+    trainer.engine.eval()
+    tokens = probe_tokens(trainer.config.model.vocabulary, trainer.config.model.sequence_length)
+    logits = _whole_logits(trainer, tokens)
     text = tokens[:, : tokens.shape[1] // 2]
     for _ in range(new_tokens):
-        best = _whole_logits(run, text)[:, -1:, : run.config.model.vocabulary].argmax(-1)
+        best = _whole_logits(trainer, text)[:, -1:, : trainer.config.model.vocabulary].argmax(-1)
         text = torch.cat([text, best], dim=1)
     return logits, text[0].tolist()
 
 
 @torch.no_grad()
-def _whole_logits(run: Trainer, tokens: Tensor) -> Tensor:
-    logits = run.engine(tokens, positions_of(tokens), None).contiguous()
+def _whole_logits(trainer: Trainer, tokens: Tensor) -> Tensor:
+    logits = trainer.engine(tokens, positions_of(tokens), None).contiguous()
     every = [torch.empty_like(logits) for _ in range(tensor_size())]
     dist.all_gather(every, logits, group=tensor_group())
     return torch.cat(every, dim=-1)

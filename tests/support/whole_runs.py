@@ -16,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor
 
-from pretrain import trainer
+from pretrain import trainer as trainer_module
 from pretrain.config.run import load_config
 from pretrain.engine.build import tear_down
 from pretrain.engine.optimizer_state import optimizer_state
@@ -32,11 +32,13 @@ def problems_of_run(settings: list[str], lengths: list[int]) -> list[str]:
     refused."""
     with PretendedCuda() as gpu:
         for steps in lengths:
-            run = run_training(load_config("quickstart", [*settings, f"train.steps={steps}"]), dist.get_world_size())
-            assert run is not None
-            assert run.state.step == steps
-            assert next(run.model.parameters()).is_cuda
-            tear_down(run.engine)
+            trainer = run_training(
+                load_config("quickstart", [*settings, f"train.steps={steps}"]), dist.get_world_size()
+            )
+            assert trainer is not None
+            assert trainer.state.step == steps
+            assert next(trainer.model.parameters()).is_cuda
+            tear_down(trainer.engine)
             parallel_state.destroy_model_parallel()
     return sorted(gpu.problems)
 
@@ -53,15 +55,15 @@ def grown_run(settings: list[str], peak_bytes: int) -> tuple[Count, dict[str, Te
         return grown
 
     with PretendedCuda() as gpu, patch.object(torch.cuda, "max_memory_allocated", lambda: peak_bytes):
-        with patch.object(trainer, "change_ranks", counted):
-            run = run_training(load_config("quickstart", settings), dist.get_world_size())
-        assert run is not None
+        with patch.object(trainer_module, "change_ranks", counted):
+            trainer = run_training(load_config("quickstart", settings), dist.get_world_size())
+        assert trainer is not None
         masters = {
             fragment.name: fragment.values.cpu().clone()
-            for fragment in optimizer_state(run.engine).fragments()
+            for fragment in optimizer_state(trainer.engine).fragments()
             if fragment.key == "master"
         }
-        tear_down(run.engine)
+        tear_down(trainer.engine)
         parallel_state.destroy_model_parallel()
     (cost,) = costs
     return cost, masters, sorted(gpu.problems)

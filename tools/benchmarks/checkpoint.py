@@ -59,9 +59,9 @@ def _config(arguments: argparse.Namespace, mode: str, *more: str) -> RunConfig:
 
 
 def _run(config: RunConfig) -> None:
-    run = run_training(config, 1)
-    assert run is not None
-    tear_down(run.engine)
+    trainer = run_training(config, 1)
+    assert trainer is not None
+    tear_down(trainer.engine)
     parallel_state.destroy_model_parallel()
 
 

@@ -31,7 +31,7 @@ from pretrain.config.files import merge, parse_override
 from pretrain.config.run import RunConfig, parse_config
 from pretrain.engine.build import build_engine
 from pretrain.engine.deepspeed_config import deepspeed_dict
-from pretrain.engine.gradient_scan import squared_norm, tell_squared_norm
+from pretrain.engine.gradient_scan import set_squared_norm, squared_norm
 
 DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS = "dense", "factored", "separate-rank", "separate-parameters"
 NAMES = (DENSE, FACTORED, SEPARATE_RANK, SEPARATE_PARAMETERS)
@@ -103,7 +103,7 @@ class Contestant:
             self.engine.backward(loss)
         with torch.profiler.record_function("optimizer"):
             known = agree(loss.detach(), squared_norm(self.engine), NO_FLAGS)  # waits for the device
-            tell_squared_norm(self.engine, known.squared_norm)
+            set_squared_norm(self.engine, known.squared_norm)
             self.engine.step()
         return known.loss
 

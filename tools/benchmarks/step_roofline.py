@@ -34,7 +34,7 @@ from pretrain.config.run import RunConfig
 from pretrain.disk import json_text, replace_text
 from pretrain.engine.build import build_engine, tear_down
 from pretrain.engine.deepspeed_config import deepspeed_dict
-from pretrain.engine.gradient_scan import squared_norm, tell_squared_norm
+from pretrain.engine.gradient_scan import set_squared_norm, squared_norm
 from pretrain.errors import ConfigError, run_command
 from pretrain.provenance import git_revision, installed_versions
 from tools.arguments import output_file, positive
@@ -110,7 +110,7 @@ def count_step(config: RunConfig) -> CountedStep:
             engine.backward(loss)
             counter.phase = None if step == 1 else "optimizer"
             squared_norm(engine)
-            tell_squared_norm(engine, 1.0)  # what the trainer reads and tells, for fake gradients have no norm
+            set_squared_norm(engine, 1.0)  # what the trainer reads and tells, for fake gradients have no norm
             engine.step()
         counter.phase = None
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -73,8 +73,8 @@ def plan_units(files: Sequence[Path], settings: dict[str, Any]) -> list[Unit]:
     units = []
     for number, group in enumerate(groups):
         stats = [path.stat() for path in group]
-        told = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(group, stats, strict=True)]
-        text = json.dumps({**settings, "unit": number, "files": told}, sort_keys=True)
+        described = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(group, stats, strict=True)]
+        text = json.dumps({**settings, "unit": number, "files": described}, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
         units.append(Unit(tuple(group), digest, sum(stat.st_size for stat in stats)))
     return units

@@ -182,7 +182,7 @@ def _origin(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _size_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> list[str]:
-    dense, control = _against(race, entries, entry), entries.get(entry.method.control or "")
+    dense, control = _compared_entry(race, entries, entry), entries.get(entry.method.control or "")
     last, run = entry.first.record["ranks"][-1], entry.first.record
     shares = [_NONE] * 4
     if dense is not None and run["validation"]:
@@ -203,7 +203,7 @@ def _size_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> l
 
 
 def _cost_row(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> list[str]:
-    dense, curve = _against(race, entries, entry), entry.first
+    dense, curve = _compared_entry(race, entries, entry), entry.first
     other = None if dense is None else dense.curves.get(curve.record["seed"])
     row = [entry.method.title, _loss_text([loss_of(curve.record)])]
     if not curve.loss:
@@ -236,7 +236,7 @@ def on_frontier(race: RaceConfig, entries: Mapping[str, Entry], spent: float) ->
     return f"{float(np.interp(np.log(spent), np.log(flops), losses)):.3f}"
 
 
-def _against(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> Entry | None:
+def _compared_entry(race: RaceConfig, entries: Mapping[str, Entry], entry: Entry) -> Entry | None:
     return entries.get(entry.method.against or race.baseline)
 
 

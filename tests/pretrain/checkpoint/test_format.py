@@ -1,4 +1,4 @@
-"""Manifests and coverage: what contradicts itself is refused before anything is allocated or written."""
+"""Manifests and fragments that contradict each other are refused before anything is allocated or written."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ Piece = tuple[int, str, str, int, int]
 
 
 def pieces_of(name: str, *spans: tuple[int, int, int]) -> list[Piece]:
-    """All keys of one parameter in the same (tensor index, start, length)."""
+    """Pieces of all keys of one parameter, each with the same spans (tensor index, start, length)."""
     return [(index, name, key, start, length) for key in KEYS for index, start, length in spans]
 
 

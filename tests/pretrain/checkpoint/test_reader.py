@@ -1,4 +1,4 @@
-"""Reading: damage and lies are named, and the newest checkpoint that can be trusted is found."""
+"""The reader names damage and false manifests, and finds the newest checkpoint that can be trusted."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SHARD = "shard_000_00000.safetensors"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint of step 20 after one of step 10."""
+    """Folder of a checkpoint of step 20, beside one of step 10."""
     save(tmp_path / "checkpoints", 10)
     return save(tmp_path / "checkpoints", 20)
 
@@ -145,7 +145,7 @@ def set_shape(manifest: Manifest, shape: list[Any]) -> None:
 
 
 def claim_everything(manifest: Manifest, with_bytes: bool) -> None:
-    """A huge parameter whose fragments are all said to be there."""
+    """Adds a huge parameter to the manifest, which claims that all its fragments exist."""
     set_shape(manifest, [10**12])
     for piece in first_shard(manifest)["fragments"]:
         if piece["parameter"] == "fc1.norm_weight":
@@ -211,7 +211,7 @@ def test_lies_of_the_manifest(folder: Path, lie: Callable[[Manifest], object], w
 
 @pytest.mark.faults
 def test_a_file_that_is_not_what_the_manifest_says(folder: Path) -> None:
-    """Right sizes and checksums, another header: other names, another type, or no tensors at all but a pickle."""
+    """Sizes and checksums are right, but the header has other names or another type, or the file is a pickle."""
     path = folder / SHARD
     header = path.read_bytes()
     for old, new in ((b"fc1.bias|master", b"fc1.bias|mastex"), (b'"dtype":"F32"', b'"dtype":"I32"')):
@@ -226,7 +226,7 @@ def test_a_file_that_is_not_what_the_manifest_says(folder: Path) -> None:
 
 
 class Opens:
-    """Its pickle writes a file when it is loaded."""
+    """An object whose pickle writes a file when it is loaded."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -237,7 +237,7 @@ class Opens:
 
 @pytest.mark.faults
 def test_two_tensors_of_equal_size_that_changed_places(folder: Path) -> None:
-    """The header decides, and not the order of the file."""
+    """The header decides where a tensor is, not the order in the file."""
     reader = CheckpointReader(folder)
     tensors = {
         fragment_name(name, key, 0): reader.read(name, key).flatten()
@@ -326,7 +326,7 @@ def test_huge_manifest_is_not_read(folder: Path) -> None:
 
 
 def test_signing_as_the_format_does(folder: Path) -> None:
-    """The tests' own signature is the right one, so that the lies above fail for their own reasons."""
+    """The tests sign manifests as the writer does, so the false ones above fail for their own reasons."""
     content = json.loads((folder / MANIFEST_NAME).read_bytes())
     checksum = content.pop("checksum")
     assert json.loads(sign(content))["checksum"] == checksum

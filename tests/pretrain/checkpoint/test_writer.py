@@ -1,4 +1,4 @@
-"""Saving: what was saved can be read back in any layout, and nothing that happens in between costs an earlier one."""
+"""Saved checkpoints can be read back in any layout, and nothing that happens during a save costs an earlier one."""
 
 import contextlib
 import errno
@@ -34,7 +34,8 @@ OWN_SAVE_SECONDS = 60.0
 
 
 def assert_holds(folder: Path, step: int) -> None:
-    """The checkpoint is whole, and every logical tensor and every shard of other layouts has the right bits."""
+    """Asserts that the checkpoint is whole, and that every logical tensor and every shard of other layouts is right to
+    the bit."""
     reader = CheckpointReader(folder)
     reader.verify()
     assert reader.step == step
@@ -64,7 +65,7 @@ def test_round_trip(tmp_path: Path, processes: int, tensor_size: int) -> None:
 
 
 def _saved_beside(root: Path, values: torch.Tensor) -> list[dict[str, Any]]:
-    """What a save beside the training reports, whose one fragment is `values`."""
+    """Reports of a save beside the training whose only fragment is `values`."""
     reported: list[dict[str, Any]] = []
 
     def begin(resources: contextlib.ExitStack) -> tuple[CheckpointWrite, list[Fragment]]:
@@ -85,7 +86,7 @@ def test_a_copy_for_which_there_is_no_memory_is_a_failed_save(tmp_path: Path) ->
 
 
 def test_a_copy_that_fails_in_another_way_is_no_lack_of_memory(tmp_path: Path) -> None:
-    """As when a device has failed; what cannot be copied here is a tensor without numbers."""
+    """A failed device raises such an error; here a tensor without numbers cannot be copied."""
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         _saved_beside(tmp_path, torch.zeros(4, device="meta"))
 
@@ -155,7 +156,7 @@ def test_a_frozen_parameter_is_kept_without_moments(tmp_path: Path, dtype: torch
 
 
 def try_to_save(root: Path, step: int, tensor_size: int, changes: Mapping[int, Mapping[str, object]]) -> str:
-    """The sentence of the CheckpointError on this process; `changes` are those of single processes."""
+    """The message of the CheckpointError on this process; `changes`: other content of single processes."""
     try:
         save(root, step, tensor_size, **changes.get(dist.get_rank(), {}))
     except CheckpointError as error:
@@ -177,7 +178,7 @@ class FailsMidway:
 
 
 class Doubled:
-    """Fragments whose last one, of another name than any other, comes with one number too many."""
+    """All fragments, and at the end one more of `fc1.bias`, whose numbers are there already or do not exist."""
 
     def __init__(self, start: int, length: int) -> None:
         self.start, self.length = start, length
@@ -280,7 +281,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class FillsTheDisk:
-    """Fragments that come after somebody else took the last room."""
+    """Fragments that come after another process has filled the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -343,7 +344,7 @@ class KillsWhenOthersAreDone:
 
 
 class KillsBeforeTheManifest(dict[str, Path]):
-    """Extra files that kill the process when they are copied, which is after all shards were written."""
+    """Extra files that kill the process when they are copied, after all shards were written."""
 
     def items(self) -> NoReturn:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -351,7 +352,7 @@ class KillsBeforeTheManifest(dict[str, Path]):
 
 
 def start(function: Callable[..., object], *args: object) -> BaseProcess:
-    """A process of its own; those after the first start fast, as they are forked from one that has imported torch."""
+    """Starts a new process. All but the first start fast, forked from a process that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.checkpoint_cases"])
     process = context.Process(target=function, args=args, daemon=True)
@@ -360,7 +361,7 @@ def start(function: Callable[..., object], *args: object) -> BaseProcess:
 
 
 def save_and_die(root: Path, meeting_point: Path, process: int) -> None:
-    """One of two processes, of which number 1 is killed."""
+    """Saves as one of two processes, of which number 1 is killed."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=process, world_size=2)
     staging = root / ".staging_step_000000002"
@@ -407,7 +408,7 @@ def save_with_deadly_files(root: Path) -> None:
 
 
 def save_for_ever(root: Path, step: int, connection: Connection) -> None:
-    """Saves every step twice, so that the second replaces the first, and tells what is done."""
+    """Saves every step twice, so that the second save replaces the first, and reports each save."""
     while True:
         for _ in range(2):
             save(root, step)
@@ -417,7 +418,7 @@ def save_for_ever(root: Path, step: int, connection: Connection) -> None:
 
 @pytest.mark.faults
 def test_kills_at_any_moment(tmp_path: Path) -> None:
-    """Twelve kills at random moments of saving without a pause: nothing that was reported as saved is ever lost."""
+    """Twelve kills at random times of saving without pause: no checkpoint that was reported as saved is lost."""
     moments = random.Random(1)
     step = 0
     for _ in range(12):

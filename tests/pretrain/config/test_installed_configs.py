@@ -1,5 +1,5 @@
-"""The configs for real use: they load, their models have the planned shapes at their tensor-parallel sizes, and the
-table of what they need is current."""
+"""Installed configs load, their models have the planned shapes at their tensor-parallel sizes, and the table of what
+they need is current."""
 
 from math import prod
 from pathlib import Path
@@ -21,8 +21,8 @@ from tools.documentation.config_table import BEGIN, END, PAGE, VARIANTS, config_
 
 
 def _build_in_shape(folder: str, chosen: list[str]) -> None:
-    """Each model on torch's meta device, as the last of its tensor-parallel processes would; the others are torch's
-    stand-ins."""
+    """Builds each model on torch's meta device, as the last of its tensor-parallel processes; torch's fake process
+    group stands for the others."""
     dist.destroy_process_group()
     for name in chosen:
         config = config_of(name)

@@ -1,4 +1,4 @@
-"""Configs: what wins over what, and that every mistake is one clear sentence."""
+"""Configs: which of two settings wins, and that every mistake is one clear sentence."""
 
 from pathlib import Path
 
@@ -264,7 +264,7 @@ def test_vocabulary_comes_from_the_tokenizer_and_must_not_contradict():
     config = configured().with_vocabulary(1000)
     assert config.model.vocabulary == 1000
     assert config.with_vocabulary(1000) == config
-    assert config.with_vocabulary(990) == config  # rows to spare
+    assert config.with_vocabulary(990) == config  # more rows than ids are allowed
     with pytest.raises(ConfigError, match=r"model\.vocabulary is 1000, and the tokenizer .* has 1001 tokens"):
         config.with_vocabulary(1001)
 

@@ -1,4 +1,4 @@
-"""One model in one folder: it equals the checkpoint's logical tensors, and nothing else is ever replaced by it."""
+"""A consolidated folder equals the checkpoint's logical tensors, and writing it never replaces anything else."""
 
 import json
 from collections.abc import Callable
@@ -48,12 +48,12 @@ def test_equals_the_logical_tensors(
 ) -> None:
     reader = CheckpointReader(save_model(tmp_path / "checkpoints", config, ranks, tokenizer))
     output = tmp_path / "deep" / "merged"
-    told: list[str] = []
-    write_consolidated(reader, output, 10**9, on_parameter=told.append)
+    reported: list[str] = []
+    write_consolidated(reader, output, 10**9, on_parameter=reported.append)
     assert contents(output) == ["espalier.json", "model.safetensors", "tokenizer.model"]
     assert hidden_names(output.parent) == []
     expected = random_tensors(config, ranks, seed=3)
-    assert sorted(told) == sorted(expected)
+    assert sorted(reported) == sorted(expected)
     model = ConsolidatedModel(output)
     assert model.config == config
     assert model.ranks == ranks
@@ -146,7 +146,7 @@ def test_a_failure_leaves_the_earlier_model(tmp_path: Path, reader: CheckpointRe
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(b"\0" * len(data))
-    (tmp_path / ".merged.partial").mkdir()  # of an earlier kill
+    (tmp_path / ".merged.partial").mkdir()  # left by a kill
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         write_consolidated(CheckpointReader(reader.folder), output, 10**9, overwrite=True)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
@@ -157,7 +157,7 @@ def test_a_failure_leaves_the_earlier_model(tmp_path: Path, reader: CheckpointRe
 
 
 def swap_ranks(manifest: dict[str, Any]) -> None:
-    """Two layers of equal shape exchange their ranks: sizes and totals stay as they are."""
+    """Exchanges the ranks of two layers of equal shape, so that sizes and totals stay the same."""
     ranks = manifest["state"]["ranks"]
     first, second = "decoder.layers.0.mlp.linear_fc2", "decoder.layers.1.mlp.linear_fc2"
     ranks[first], ranks[second] = ranks[second], ranks[first]

@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
 
 @pytest.fixture(scope="module")
 def other(files: SmallCorpus) -> str:
-    """A second corpus of the same tokenizer: every token of it is a digit or an end of a document."""
+    """A second corpus of the same tokenizer, in which every token is a digit or an end of a document."""
     folder = files.prefix.parent
     digits = folder / "digits.txt"
     digits.write_text("".join(str(number % 7) for number in range(5000)), encoding="utf-8")
@@ -113,7 +113,7 @@ def test_nodes_that_do_not_see_the_first_folder_get_a_copy(files: SmallCorpus, o
 
 def train_tokens(data: DataConfig, cache: Path) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")  # each one the first of its node
+        patch.setenv("LOCAL_RANK", "0")  # each process is the first of its node
         return batch_at(open_in_process(data, cache).train, 0, 50)["tokens"]
 
 

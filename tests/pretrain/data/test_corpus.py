@@ -72,7 +72,7 @@ def test_batch(files: SmallCorpus, tmp_path: Path) -> None:
 
 
 def test_order_of_samples_does_not_depend_on_the_layout(files: SmallCorpus, tmp_path: Path) -> None:
-    """What all processes together see in a step is the same for 1, 2 and 4 of them, also after a ramp."""
+    """All processes together see the same samples in a step, whether there are 1, 2 or 4; also after a batch ramp."""
     corpus = opened(files.data, tmp_path)
     for consumed, global_batch in ((0, 16), (16, 32)):
         seen = []
@@ -152,7 +152,7 @@ class _Canary:
 
 
 def test_nothing_in_the_cache_is_trusted(files: SmallCorpus, tmp_path: Path) -> None:
-    """megatron-core would unpickle these files."""
+    """megatron-core would unpickle files that are found in the cache."""
     expected = batch_at(opened(files.data, tmp_path).train, 0, 4)["tokens"]
     folder = tmp_path / INDEX_FOLDER
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -192,7 +192,7 @@ def _tokens_in_process(data: DataConfig, cache: Path) -> tuple[int, list[int]]:
 
 
 def test_several_processes(files: SmallCorpus, tmp_path: Path) -> None:
-    """Also while an older run's files lie in the cache."""
+    """Several processes open the corpus, also if an older run's files are in the cache."""
     opened(files.data, tmp_path, seed=5)
     alone = _tokens_in_process(files.data, tmp_path / "alone")
     assert run(_tokens_in_process, 2, files.data, tmp_path) == [alone, alone]

@@ -1,5 +1,5 @@
-"""Attention that stays inside documents: the model computes what it computes for every document alone, on every layout,
-with recomputation, for both objectives; and a run of blended corpora with held-out sets goes on as it would have."""
+"""Attention stays inside documents: the model computes the same as for every document alone, on every layout, with
+recomputation and for both objectives. A run of blended corpora with held-out sets resumes as if it had not stopped."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def test_documents_are_seen_one_by_one(family: str, tensor: int, recompute: Reco
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`corpus`, `other` and `held_out`, of one tokenizer."""
+    """Folder of the corpora `corpus`, `other` and `held_out`, all of one tokenizer."""
     folder = tmp_path_factory.mktemp("corpora")
     make_corpus(folder)
     texts = sorted((folder / "text").glob("*.py"))

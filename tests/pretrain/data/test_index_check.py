@@ -24,7 +24,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
 
 @pytest.fixture
 def prefix(pristine: SmallCorpus, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the corpus, to damage."""
     copy = tmp_path / "corpus"
     for source, target in zip(files_of(pristine.prefix), files_of(copy), strict=True):
         shutil.copyfile(source, target)
@@ -62,7 +62,7 @@ def put_boundary(boundary: int, value: int) -> Edit:
 
 
 def keep(count: int) -> Edit:
-    """Cuts the file off behind its first bytes, or, for a negative count, in front of its last."""
+    """Keeps the first `count` bytes of the file; for a negative `count`, all but the last ones."""
 
     def edit(index: bytearray, sequences: int) -> None:
         del index[count:]

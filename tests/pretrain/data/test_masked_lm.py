@@ -50,7 +50,7 @@ def tokenizer(corpus: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def samples(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """The training or validation samples of a masked run, of a probability and seed."""
+    """Training or validation samples of a masked run, by probability and seed."""
     path = tmp_path_factory.mktemp("samples")
     config = load_config(str(write_config(path / "run.yaml", corpus, path / "run", **MLM)))
     model = config.model.model_copy(update={"sequence_length": LENGTH})
@@ -67,7 +67,8 @@ def samples(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def test_proportions_are_those_of_the_paper(samples: Callable[..., Any], tokenizer: Tokenizer) -> None:
-    """15 % chosen, exactly as many in every sample; of them 80 % hidden, 10 % random, 10 % as they were."""
+    """15 % of the tokens are chosen, the same number in every sample; of them 80 % are hidden, 10 % random, 10 %
+    kept."""
     batch = batch_at(samples(), 0, 2000)
     tokens, labels, chosen = batch["tokens"], batch["labels"], batch["loss_mask"].bool()
     assert (chosen.sum(dim=1) == MASKED).all()
@@ -96,7 +97,8 @@ def test_labels_are_the_samples_own_tokens(samples: Callable[..., Any]) -> None:
 
 
 def test_choice_depends_on_seed_and_place_alone(samples: Callable[..., Any]) -> None:
-    """Not on what was asked for before, nor on the layout; other samples and other seeds hide other places."""
+    """It does not depend on the samples read before, or on the layout; other samples and other seeds hide other
+    places."""
     masked, again = samples(), samples()
     expected = batch_at(masked, 0, 32)["tokens"]
     for processes, micro_batch in ((2, 4), (4, 2), (1, 16)):
@@ -186,7 +188,7 @@ def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve masked steps of two tensor-parallel processes, ranks growing after the fourth and the eighth."""
+    """Folder of a run of twelve masked steps on two tensor-parallel processes; ranks grow after steps 4 and 8."""
     return _train(corpus, tmp_path_factory.mktemp("trained") / "run", 2, "parallel.tensor=2")
 
 
@@ -216,7 +218,7 @@ def test_a_resumed_masked_run_is_the_same_to_the_bit(corpus: Path, trained: Path
             assert torch.equal(final[0].read(name, key), final[1].read(name, key)), f"{key} of {name}"
 
 
-NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # a layout's own
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # dropout masks depend on the layout
 DENSE = {"policy": "fixed", "schedule": []}
 VARIANTS = [
     ("llama", "factored"),
@@ -225,7 +227,7 @@ VARIANTS = [
     pytest.param(("llama", "dense"), marks=pytest.mark.matrix),
 ]
 LAYOUTS = [(2, 1, 2, 2), (2, 2, 4, 1), pytest.param((4, 4, 8, 2), marks=pytest.mark.matrix)]
-"""Processes, tensor-parallel size, micro-batch, ZeRO stage."""
+"""Layouts: processes, tensor-parallel size, micro-batch, ZeRO stage."""
 
 
 def _in_layout(corpus: Path, folder: Path, variant: tuple[str, str], layout: tuple[int, int, int, int]) -> Path:
@@ -261,7 +263,7 @@ def test_every_layout_gives_the_same_masked_curve(
     variant: tuple[str, str],
     layout: tuple[int, int, int, int],
 ) -> None:
-    """Losses and gradient norms of every step, and what is validated."""
+    """Losses and gradient norms of every step and the validations are the same."""
     found, expected = _in_layout(corpus, tmp_path / "run", variant, layout), alone(*variant)
     for mine, other in zip(curve(found), curve(expected), strict=True):
         assert mine["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
@@ -275,7 +277,7 @@ def test_every_layout_gives_the_same_masked_curve(
 def test_validation_is_what_plain_pytorch_computes(
     tmp_path: Path, alone: Callable[..., Path], trained: Path, variant: tuple[str, str]
 ) -> None:
-    """Loss and accuracy of a checkpoint, of one process and of two tensor-parallel ones."""
+    """Loss and accuracy of a checkpoint are right on one process and on two tensor-parallel ones."""
     folders = [alone(*variant)] + ([trained] if variant == ("llama", "factored") else [])
     for folder in folders:
         loss, accuracy = _plain_validation(folder, tmp_path)
@@ -308,7 +310,7 @@ def _plain_validation(folder: Path, scratch: Path) -> tuple[float, float]:
 def test_tools_know_masked_models(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They consolidate and inspect; densify and generate refuse by name and leave nothing behind."""
+    """Tools consolidate and inspect masked models; densify and generate refuse them and leave nothing behind."""
 
     def call(tool: ModuleType, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])

@@ -17,7 +17,7 @@ from tests.support.distributed import run
 
 
 class Numbers:
-    """Sample `index` is filled with its own number."""
+    """A dataset whose sample `index` is filled with its own number."""
 
     def __init__(self, damaged: int | None = None) -> None:
         self.damaged, self.threads, self.read = damaged, set[str](), list[int]()
@@ -69,7 +69,7 @@ def _starts(settings: dict[str, Any], step: int, consumed: int) -> list[int]:
 
 
 def test_samples_are_those_of_all_steps_to_come() -> None:
-    """Through a batch ramp, and from samples that are not those of the step: a run that has turned back."""
+    """The samples go through a batch ramp, and after a rollback begin with others than those of the step."""
     ramp = {"start": 4, "increment": 4, "steps": 4}
     settings = {"micro_batch": 2, "global_batch": 12, "steps": 6, "batch_ramp": ramp}
     train = TrainConfig(**settings)

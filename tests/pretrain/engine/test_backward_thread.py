@@ -1,5 +1,5 @@
-"""Training whose backward passes run in a thread of their own, as autograd runs them on CUDA: the same losses to the
-last bit. What hangs on the thread (context variables, grad mode, hooks of ZeRO) would show."""
+"""Training with backward passes in a thread of their own, as autograd runs them on CUDA, gives the same losses to the
+last bit. Anything that depends on the thread (context variables, grad mode, hooks of ZeRO) would show."""
 
 import threading
 from collections.abc import Callable
@@ -43,7 +43,7 @@ MATRIX = {
 
 
 def elsewhere(run_backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`run_backward` in a new thread, which has the caller's grad mode as autograd's threads have it."""
+    """`run_backward` in a new thread with the caller's grad mode, as in autograd's threads."""
 
     def run_in_thread(*args: Any, **kwargs: Any) -> Any:
         results: list[Any] = []
@@ -68,8 +68,8 @@ def elsewhere(run_backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train_both_ways(config: str, folders: list[str]) -> list[int]:
-    """Trains in `folders[0]` as always and in `folders[1]` with backward passes elsewhere; how many of them there
-    were in each."""
+    """Trains in `folders[0]` as usual, and in `folders[1]` with backward passes in another thread; the number of
+    backward passes of each."""
     run_backward, passes = torch.autograd._engine_run_backward, []
     for folder, around in zip(folders, (lambda function: function, elsewhere), strict=True):
         count = 0
@@ -81,11 +81,11 @@ def train_both_ways(config: str, folders: list[str]) -> list[int]:
 
         torch.autograd._engine_run_backward = counted
         try:
-            trained = run_training(load_config(config, [f"run.folder={folder}"]), dist.get_world_size())
+            trainer = run_training(load_config(config, [f"run.folder={folder}"]), dist.get_world_size())
         finally:
             torch.autograd._engine_run_backward = run_backward
-        assert trained is not None
-        tear_down(trained.engine)
+        assert trainer is not None
+        tear_down(trainer.engine)
         parallel_state.destroy_model_parallel()
         passes.append(count)
     return passes

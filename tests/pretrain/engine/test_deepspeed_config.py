@@ -1,4 +1,4 @@
-"""DeepSpeed's dictionary: what the run fills in, what a file may say, and what is refused."""
+"""DeepSpeed's dictionary: what the run fills in, what a file may contain, and what is refused."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,8 @@ def test_what_the_file_says_is_kept(tmp_path):
 
 
 def test_a_run_keeps_what_its_file_said(tmp_path):
-    """In the config that it writes, which needs the file no more; keys of accounts that are not used stay behind."""
+    """The config that a run writes holds the file's content, so the file is not needed again; keys of unused accounts
+    are left out."""
     file = tmp_path / "mine.json"
     zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1000, "zenflow": None}
     given = {"zero_optimization": zero, "wandb": {"enabled": False, "api_key": "secret"}, "steps_per_print": 5}
@@ -199,7 +200,7 @@ def test_a_file_that_is_not_there_is_refused_with_what_is():
 
 
 def test_what_deepspeed_does_by_default_is_known(tmp_path):
-    """Each of its switches that are on is one that a file may set, or one that it may not switch off."""
+    """Each switch of DeepSpeed that is on by default is one that a file may set, or one that it may not switch off."""
     file = tmp_path / "mine.json"
     sections = {
         "zero_optimization": DeepSpeedZeroConfig,

@@ -1,4 +1,4 @@
-"""Steps by one norm of all gradients are DeepSpeed's own steps: skipped alike, clipped alike."""
+"""Steps by one norm of all gradients are skipped and clipped as DeepSpeed's own steps are."""
 
 import inspect
 import math
@@ -25,7 +25,7 @@ from tests.support.parallel_model import small_config
 STEPS = 5
 SHARDED, REPLICATED = "decoder.layers.1.mlp.linear_fc2.B", "decoder.layers.0.self_attention.linear_proj.bias"
 Planted = Mapping[int, tuple[int, str, float]]
-"""By step: the process whose gradient has one wrong element, the parameter, and the element."""
+"""For each step: the process whose gradient gets a wrong element, the parameter, and the element's value."""
 PLANTED = {1: (0, SHARDED, math.nan), 3: (1, SHARDED, -math.inf), 4: (1, REPLICATED, math.inf)}
 LOOKS = (
     "deepspeed.runtime.zero.stage_1_and_2.has_inf_or_nan",
@@ -36,11 +36,12 @@ LOOKS = (
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
     "deepspeed.runtime.engine.clip_grad_norm_",
 )
-"""Where DeepSpeed looks at gradients one by one."""
+"""Functions in which DeepSpeed looks at gradients one by one."""
 
 
 def _steps(case: Case, planted: Planted, theirs: bool) -> tuple[list[tuple[float, bool, float]], dict[str, Tensor]]:
-    """Norm, whether the step was taken, and loss scale, of each step; and the masters in the end."""
+    """Norm, whether the step was taken, and loss scale of each step; and the masters at the end. `theirs`: without our
+    scan."""
     config = small_config("gpt2")
     with ExitStack() as stack:
         if theirs:
@@ -96,8 +97,8 @@ def test_steps_are_deepspeeds(processes: int, case: Case, planted: Planted) -> N
         for (norm, taken, _), (their_norm, _, _) in zip(steps, their_steps, strict=True):
             assert math.isclose(norm, their_norm, rel_tol=1e-3)
             assert math.isfinite(norm) == taken
-        # An element moves by some 2e-3 a step. What one rounding of the norm becomes in five steps depends on the
-        # precision; the gradient of a key's bias is 0, and Adam makes steps of its noise.
+        # An element moves by about 2e-3 per step. How far one rounding of the norm spreads in five steps depends on the
+        # precision. The gradient of a key's bias is 0, and Adam turns its noise into steps.
         tolerance = 1e-6 if case.precision == "fp32" else 2e-4
         for name, master in masters.items():
             if not name.endswith("linear_qkv.bias"):
@@ -161,7 +162,8 @@ ADDED = {"squared_norm", "_norm", "_leaves_as_is"}
     ],
 )
 def test_deepspeed_has_the_methods_that_are_replaced(ours: type, theirs: type) -> None:
-    """A release that moves one would go on looking at gradients by itself, and nobody would see it but by the time."""
+    """If a release of DeepSpeed moved one, it would look at gradients by itself again, and only the time would show
+    it."""
     replaced = {**vars(gradient_scan._Scanned), **vars(ours)}
     names = [name for name, value in replaced.items() if inspect.isfunction(value) and name not in ADDED]
     assert len(names) >= 4

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 
 def _found(config: ModelConfig, case: Case, drifting: str | None) -> str:
-    """What is said after two steps, with one bit flipped on process 1."""
+    """The error's message after two steps, with one bit of parameter `drifting` flipped on process 1."""
     small = SmallRun(config, uniform_ranks(config, 8) if config.parametrization != "dense" else {}, case)
     small.train(2)
     for name, parameter in small.engine.module.named_parameters():

@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _make_start(folder: Path, corpus: Path, model: dict[str, Any]) -> dict[str, Tensor]:
-    """A consolidated folder with random numbers, and these."""
+    """Writes a consolidated folder with random numbers, and returns them."""
     tokenizer = open_tokenizer(corpus / "tokenizer.model")
     config = ModelConfig.model_validate({**SMALL["model"], **model, "vocabulary": tokenizer.vocabulary})
     ranks = {projection.name: RANK for projection in factored_projections(config)}
@@ -78,7 +78,8 @@ def test_every_layout_starts_from_the_folders_values(name: str, tensor: int, cor
     ],
 )
 def test_whole_run_from_a_folder(name: str, other_layout: tuple[int, int, int], corpus: Path, tmp_path: Path) -> None:
-    """The same curve on every layout; grown ranks; frozen weights stay the folder's; a resume needs no folder."""
+    """The curve is the same on every layout, ranks grow, frozen weights stay the folder's, and a resume needs no
+    folder."""
     model, start = MODELS[name], tmp_path / "start"
     first = _make_start(start, corpus, model)
     curves, checkpoints = [], []

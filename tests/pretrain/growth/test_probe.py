@@ -45,8 +45,8 @@ def _dense_gradients(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _measured(config: ModelConfig, tensor_parallel: int) -> tuple[dict[str, Tensor], float, list[bool]]:
-    """What the probe measured, as whole tensors; how far it moved the logits; whether the parameters stayed the same
-    ones."""
+    """Whole tensors that the probe measured, how far it moved the logits, and whether parameters stayed the same
+    objects."""
     initialize_process_groups(tensor_parallel)
     ranks = _ranks(config)
     model = build_model(config, ranks, seed=1)
@@ -102,7 +102,7 @@ def test_probes_sketch_the_dense_gradient(processes: int, family: str, parametri
             assert torch.allclose(Q.T @ Q, torch.eye(DIRECTIONS).double(), atol=1e-4)
             assert (B.T @ Q).abs().max() < 1e-4 * B.norm()
             assert (R - Q.T @ G).norm() < 1e-4 * G.norm()
-            # Both batches were the same: they agree on all that is outside the rows of A.
+            # The two batches were the same, so they agree on everything outside the rows of A.
             rows_of_A = torch.linalg.qr(A.T).Q
             outer = Q.T @ G
             outer = outer - outer @ rows_of_A @ rows_of_A.T
@@ -116,7 +116,7 @@ def test_probes_sketch_the_dense_gradient(processes: int, family: str, parametri
 
 
 def _walks_over_parameters(layers: int) -> list[int]:
-    """How often the parameters are gone through in attaching, in keeping and in taking up what was measured."""
+    """How often attaching, saving and restoring each walk over all parameters."""
     initialize_process_groups(1)
     config = small_config("llama", "factored", layers=layers)
     model = build_model(config, _ranks(config), seed=1)

@@ -22,7 +22,8 @@ START_RANK = 3
 
 
 def _measured(tensor: int, parametrization: str) -> tuple[Spectra, Spectra, Spectra, Spectra, int]:
-    """Spectra of products and of updates as measured, the same from whole matrices, and eigenproblems solved here."""
+    """Measured spectra of products and of updates, both again from whole matrices, and how many eigenproblems this
+    process solved."""
     initialize_process_groups(tensor)
     # Six layers, so that the last round over four processes is not full; each has another rank.
     config = small_config("llama", parametrization, "mlp", layers=3)
@@ -91,7 +92,7 @@ def test_every_process_knows_all_values_and_computes_its_share(
 
 
 def _norms(tensor: int, stage: int, parametrization: str) -> tuple[dict[str, float], dict[str, float]]:
-    """As measured, and from whole factors."""
+    """Norms of rows as measured, and from whole factors."""
     config = small_config("llama", parametrization)
     small = SmallRun(config, uniform_ranks(config, 4), Case(stage=stage, tensor=tensor))
     names = list(small.engine.module.ranks())[1:]

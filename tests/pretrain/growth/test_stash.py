@@ -1,4 +1,4 @@
-"""What the stash copies from a device, and in how few pieces; the copies themselves are the same from host memory."""
+"""The stash copies a device's fragments in few pieces; the tests copy from host memory, which is the same code."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pretrain.growth.stash import host_copies, host_copy, staying_and_leaving
 
 
 def _fragments() -> tuple[list[Fragment], dict[tuple[str, str], Tensor]]:
-    """Fragments of two flat tensors, with gaps between some and an empty one, and one that has a tensor for itself."""
+    """Fragments of two flat tensors, with gaps and an empty one, and one fragment with a tensor of its own."""
     fragments, whole = [], {}
     for key in ("master", "exp_avg"):
         flat = torch.randn(200, generator=torch.Generator().manual_seed(len(key)))
@@ -29,7 +29,7 @@ def test_pieces_of_copies_make_up_every_fragment(chunk: int) -> None:
     starts = {(fragment.name, fragment.key): fragment.start for fragment in fragments}
     copies = list(host_copies(fragments, 4 * chunk, 0.0))
     for fragment in fragments:
-        fragment.values.fill_(torch.nan)  # copies do not see what becomes of the originals
+        fragment.values.fill_(torch.nan)  # copies must not change with the originals
     for place, expected in whole.items():
         pieces = [copy for copy in copies if (copy.name, copy.key) == place]
         assert torch.equal(torch.cat([torch.empty(0), *(piece.values for piece in pieces)]), expected)

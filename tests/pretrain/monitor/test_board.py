@@ -1,4 +1,4 @@
-"""What TensorBoard is told about a run's settings."""
+"""The settings of a run in TensorBoard's files."""
 
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
 

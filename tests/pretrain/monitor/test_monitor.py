@@ -110,7 +110,8 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
     assert set(events.Tags()["images"]) == {"rank/map", "spectrum/singular_values"}
     assert {"event/checkpoint/text_summary", "event/growth/text_summary"} <= set(events.Tags()["tensors"])
     assert [(event.step, event.value) for event in events.Scalars("event/growth")] == [(10, 2.0)]
-    assert not {"event/validation", "event/checkpoint"} & scalars  # a curve of its own, and too many
+    # Validations have a curve of their own, and there are too many checkpoints.
+    assert not {"event/validation", "event/checkpoint"} & scalars
     spent = tensorboard(tmp_path / "tensorboard", "by_seconds")
     assert [event.step for event in spent.Scalars("by_seconds/train/lm_loss")] == [0, 2, 5, 8, 10]
     assert [event.step for event in spent.Scalars("by_seconds/validation/lm_loss")] == [5]
@@ -249,9 +250,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_fills_up_costs_one_warning(tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (20_000, hard)
-    )  # a real limit on the size of files stands in for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a limit on the size of files, in place of a full disk
     try:
         monitor = opened(tmp_path)
         for step in range(5, 505, 5):

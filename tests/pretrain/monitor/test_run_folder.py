@@ -1,4 +1,4 @@
-"""The record of a run, and folders that are not ours."""
+"""The record in a run's folder, and the refusal of folders that are not ours."""
 
 import pytest
 

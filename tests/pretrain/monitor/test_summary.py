@@ -1,4 +1,4 @@
-"""What a run came to, counted by hand."""
+"""The summary of a run against figures computed by hand."""
 
 import math
 from pathlib import Path

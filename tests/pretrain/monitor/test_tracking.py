@@ -1,4 +1,5 @@
-"""`rank.track` against whole matrices, plain autograd and a run without it; through a resume, and in TensorBoard."""
+"""Spectra of `rank.track` against whole matrices, plain autograd and a run without it; after a resume, and in
+TensorBoard."""
 
 import json
 from pathlib import Path
@@ -51,7 +52,7 @@ def _svd(matrix: Tensor) -> np.ndarray:
 def _measured_and_expected(
     config: ModelConfig, case: Case, grown: int
 ) -> tuple[Measurement, Measurement, dict[str, dict[str, np.ndarray]]]:
-    """What a tracker says at step 0 and after three steps, and what whole matrices say about the latter."""
+    """Spectra from a tracker at step 0 and after three steps, and the latter from whole matrices."""
     small = SmallRun(config, uniform_ranks(config, RANK), case)
     tracker = Tracker(_run_config(config, case.precision))
     batch = _some_batch(config)
@@ -74,7 +75,7 @@ def _measured_and_expected(
 
 
 def _some_batch(config: ModelConfig) -> dict[str, Tensor]:
-    """Other sequences for every data-parallel process."""
+    """A batch with other sequences on every data-parallel process."""
     tokens = some_tokens(config, sequences=2 * data_size())[0][2 * data_index() : 2 * data_index() + 2]
     return {"tokens": tokens, "position_ids": positions_of(tokens)}
 
@@ -150,7 +151,7 @@ def test_spectra_are_those_of_whole_matrices(
     for untrained, measured, expected in run(_measured_and_expected, processes, config, case, grown):
         assert untrained.gradient == untrained.representation == {}
         for name, values in untrained.update.items():
-            # To the bit for dense weights; a product's update is known to half of the digits of fp64.
+            # Exact for dense weights; a product's update is known to half of the digits of fp64.
             assert values.max() <= 1e-6 * (parametrization == "factored"), name
         tolerances = {
             "update": 1e-5,

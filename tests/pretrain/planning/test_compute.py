@@ -1,4 +1,4 @@
-"""The price of a product by its shape, by hand, and what follows for a step."""
+"""Prices of products by their shape, and of steps, against computation by hand."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def test_a_product_takes_whole_tiles_or_waits_for_memory() -> None:
     moved = 2 * (tokens * 1024 + tokens * 64 + 64 * 1024)
     assert thin == pytest.approx(3 * H100.balance * moved)
     assert thin > 3 * 2 * tokens * 1024 * 64
-    # Memory is all there is to a rank of 16, and most of it is the wide side.
+    # At a rank of 16 only memory counts, and most of it is the wide side.
     assert _Product(1024, 16, 3).priced_flops(tokens, 2, H100.balance) > 0.9 * thin
 
 
@@ -44,7 +44,7 @@ def test_a_dense_step_is_its_flops_at_the_assumed_efficiency() -> None:
 
 
 def test_low_ranks_pay_less_than_their_flops_say() -> None:
-    """Below a rank of 256 hardly anything is gained at this width; a device of more bandwidth gains more."""
+    """Ranks below 256 save hardly any more time at this width; a device with more bandwidth saves more."""
     dense = seconds(MEDIUM, None)
     by_rank = {rank: seconds(MEDIUM, rank) / dense for rank in (16, 64, 128, 256, 512)}
     assert list(by_rank.values()) == sorted(by_rank.values())
@@ -58,7 +58,7 @@ def test_low_ranks_pay_less_than_their_flops_say() -> None:
 
 @pytest.mark.parametrize("rank", [None, 256])
 def test_layouts_share_the_work(rank: int | None) -> None:
-    """Data parallelism divides it, accumulation multiplies it, tensor parallelism makes products thinner."""
+    """Data parallelism divides the time, accumulation multiplies it, tensor parallelism makes products thinner."""
     alone = seconds(MEDIUM, rank)
     twice = Setup(Layout(tensor=1, data=1, accumulation=2), 16, "bf16", 1)
     assert seconds(MEDIUM, rank, twice) == pytest.approx(2 * alone)

@@ -16,7 +16,7 @@ from tools.benchmarks.collective_counter import CollectiveCounter
 
 RANKS = (8, 16)
 LINKS = Links(1e9, 1e9, 1e9, 0.0, 0.0)
-"""Any: the tests are about bytes."""
+"""Arbitrary links, since the tests are about bytes."""
 
 
 def _config(family: str, parametrization: str = "factored") -> ModelConfig:
@@ -36,7 +36,7 @@ def _bytes(tensors: list[Tensor], apart_from: frozenset[int] = frozenset()) -> i
 
 
 def _held(small: SmallRun) -> dict[str, int]:
-    """What the engine holds between two micro-steps, in storages, each counted once."""
+    """Bytes that the engine holds between two micro-steps; each storage is counted once."""
     engine, case = small.engine, small.case
     tokens, labels = some_tokens(small.config, case.micro_batch)
     engine.set_gradient_accumulation_boundary(False)
@@ -66,7 +66,7 @@ def _held(small: SmallRun) -> dict[str, int]:
 
 
 def _grown(config: ModelConfig, case: Case) -> list[dict[str, int]]:
-    """Before and after a growth, each time after a step, so that moments are there."""
+    """Held bytes before and after a growth, each after a step, so that moments exist."""
     small = SmallRun(config, uniform_ranks(config, RANKS[0]), case)
     small.train(1)
     held = [_held(small)]
@@ -115,7 +115,7 @@ def test_every_engine_holds_what_is_planned(
 
 
 def _sent(config: ModelConfig, case: Case) -> dict[str, int]:
-    """Bytes asked for in the groups of one process, in its second step."""
+    """Bytes that one process sends in its groups, in its second step."""
     small = SmallRun(config, uniform_ranks(config, RANKS[0]), case)
     small.train(1)
     with CollectiveCounter() as counter:
@@ -151,12 +151,12 @@ def _check_sent(config: ModelConfig, case: Case, processes: int) -> None:
     planned = plan_communication(config, ranks, setup, LINKS, processes)
     for sent in run(_sent, processes, config, case):
         for group in ("tensor", "data"):
-            # Norms, overflow flags and the loss are a few numbers.
+            # The rest is a few numbers: norms, overflow flags and the loss.
             assert planned.bytes(group) == pytest.approx(sent[group], rel=0.05, abs=256), (group, case)
 
 
 def test_every_trained_number_without_zero_costs_sixteen_bytes() -> None:
-    """In 16 bits: weight 2, gradient 2, master 4, moments 8."""
+    """16 bytes in 16-bit training: weight 2, gradient 2, master 4, moments 8."""
     seven = ModelConfig(
         family="llama", layers=32, hidden=4096, heads=32, ffn=11008, sequence_length=4096, vocabulary=32000,
         parametrization="dense",
@@ -173,7 +173,7 @@ def test_a_gpu_with_the_whole_vocabulary_has_two_bytes_of_logits_at_its_loss_whe
     tokens = setup.micro_batch * config.sequence_length
     masks = tokens * config.hidden * (2 * config.layers + 1)
     assert host.activations - device.activations == tokens * 2 * config.padded_vocabulary + masks
-    in_output_layer = 2 * config.hidden * (tokens + config.padded_vocabulary)  # where the GPU is fullest then
+    in_output_layer = 2 * config.hidden * (tokens + config.padded_vocabulary)  # where the GPU then needs most memory
     assert host.fullest - device.fullest == tokens * 4 * config.padded_vocabulary + masks - in_output_layer
     split = replace(setup, layout=Layout(2, 1, 1))
     host, device = plan_memory(config, ranks, split), plan_memory(config, ranks, replace(split, gpu=True))

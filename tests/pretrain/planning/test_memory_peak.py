@@ -1,4 +1,4 @@
-"""The planned bytes of a step's fullest moment, which decide whether a run fits, against those of a real step."""
+"""The planned peak of a step's bytes, which decides whether a run fits, against that of a real step."""
 
 import gc
 import weakref
@@ -18,8 +18,8 @@ from tests.support.peak_memory import living, peak_bytes
 
 TOLERANCE = 0.05
 COARSE_TOLERANCE = 0.12
-"""Error allowed with whole layers computed again, and with dense weights under ZeRO 3: there gloo's own copies and
-what a layer's backward pass holds beside its activations are not planned."""
+"""Relative error allowed with recomputation of whole layers, and with dense weights under ZeRO 3: the plan leaves out
+gloo's own copies, and what a layer's backward pass holds beside its activations."""
 RANK, SEQUENCE, VOCABULARY = 16, 128, 4000
 
 
@@ -32,8 +32,8 @@ def _ranks(config: ModelConfig) -> dict[str, int]:
 
 
 def _peak(config: ModelConfig, case: Case) -> int:
-    """Bytes of this process in a step, when moments are there. The smaller of two: what a collective's thread frees
-    stays on the record (`tests/support/peak_memory.py`)."""
+    """Most bytes of this process in a step, once moments exist; the smaller of two steps, since the record misses what
+    a collective's thread frees (`tests/support/peak_memory.py`)."""
     gc.collect()
     others = [weakref.ref(thing) for thing in gc.get_objects() if isinstance(thing, Tensor)]
     small = SmallRun(config, _ranks(config), case)
@@ -42,7 +42,8 @@ def _peak(config: ModelConfig, case: Case) -> int:
     elsewhere = {thing.untyped_storage().data_ptr() for thing in strangers}
     found = []
     for _ in range(2):
-        reachable = [parameter.grad for parameter in small.engine.module.parameters()]  # which makes them so
+        # Python objects for the gradients, by which `living` finds them.
+        reachable = [parameter.grad for parameter in small.engine.module.parameters()]
         before = {place: size for place, size in living().items() if place not in elsewhere}
         del reachable
         found.append(peak_bytes(lambda: small.train(1), before))
@@ -58,7 +59,7 @@ def _check(config: ModelConfig, case: Case, processes: int) -> None:
     fullest = max(run(_peak, processes, config, case))
     coarse = case.recompute == "layers" or (case.stage == 3 and config.parametrization != "factored")
     tolerance = COARSE_TOLERANCE if coarse else TOLERANCE
-    # Here host and device are one.
+    # On a CPU host and device share one memory.
     assert plan.total + plan.host == pytest.approx(fullest, rel=tolerance), (config, case)
 
 

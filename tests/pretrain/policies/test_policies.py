@@ -41,7 +41,7 @@ def layer(rank: int, projection: Projection = WIDE, values: object = None) -> La
         (16, 24, 24),
         (16, 40, 32),  # at most doubled
         (32, 64, 48),  # break-even
-        (20, 40, 40),  # a start off the quantum
+        (20, 40, 40),  # a start that is no multiple of the quantum
         (20, 44, 40),  # doubled is 40
     ],
 )
@@ -201,8 +201,8 @@ def test_measuring_policies_decide_in_the_first_quarter_of_a_run():
 @pytest.mark.parametrize("start_step", [0, 10, 90])
 @pytest.mark.parametrize("stop_step", [None, 95, 300, 1_000_000])
 def test_default_decisions_are_few_wherever_growth_stops(steps, start_step, stop_step):
-    """Ten in a run, and one in 200 steps: with what one costs (docs/lab-notes.md) that is under half a percent, but for
-    runs that are shorter than that."""
+    """At most ten in a run, and one in 200 steps, which costs under half a percent (docs/lab-notes.md) except in runs
+    of less than 200 steps."""
     rank = with_defaults(RankConfig(policy="gradient", start_step=start_step, stop_step=stop_step), steps)
     assert 1 <= len(_decisions(rank, steps)) <= max(1, min(10, steps // 200))
 
@@ -343,7 +343,7 @@ def test_budget_in_parameters_and_in_flops_of_the_whole_run():
     assert affordable_parameters(parameters, parts, {"wide": 8, "square": 8}, [], 150, 300) == dense // 2
     assert affordable_parameters(RankConfig(), parts, {"wide": 8, "square": 8}, [], 150, 300) is None
     flops = RankConfig(budget=0.5, budget_unit="flops")
-    # 40 of 100 steps at rank 8, 10 at 16: what they left of half of the dense run's is for the other 50.
+    # 40 of 100 steps at rank 8, 10 at 16: the other 50 may spend the rest of half of the dense run's FLOPs.
     growth = [GrowthRecord(40, 120, {"wide": 8, "square": 8}, {"wide": 16, "square": 16}, seconds=0.1)]
     cost = 64 + 192 + 64 + 64
     expected = (0.5 * dense * 100 - 8 * cost * 40 - 16 * cost * 10) / 50
@@ -352,7 +352,7 @@ def test_budget_in_parameters_and_in_flops_of_the_whole_run():
 
 
 def test_what_truncation_frees_is_granted_once():
-    """A layer that is cut does not grow at once, so all layers together keep to the budget."""
+    """A truncated layer does not grow in the same decision, so all layers together keep to the budget."""
     rank = RankConfig(
         policy="gradient", initial=16, quantum=4, probe=8, truncate=0.01, budget=1.0, check_every=10, stop_step=100
     )

@@ -48,7 +48,7 @@ def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_like_text_comes_back(tmp_path: Path) -> None:
-    """As far as it can: Llama 2's way loses nothing here but a U+2581."""
+    """Text comes back as far as the format allows: Llama 2's tokenizer loses only a U+2581."""
     tokenizer = open_tokenizer(sentencepiece_like(tmp_path))
     lengths = tokenizer.byte_lengths()
     for text in (*texts(), "a b", "Größe 寸法 🙂"):
@@ -118,7 +118,7 @@ def test_export_is_the_same_tokenizer_and_asks_for_no_code(tmp_path: Path) -> No
 def test_from_the_corpus_to_the_export_and_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], make: Any
 ) -> None:
-    """Corpus, training, resume, consolidation, export, generation, evaluation, import."""
+    """One tokenizer goes through corpus, training, resume, consolidation, export, generation, evaluation and import."""
 
     def call(tool: Any, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])

@@ -62,7 +62,7 @@ EXCEPTIONS = [SPACE, f"a{SPACE}b", f" {SPACE} {SPACE}{SPACE}", f"text {END_OF_DO
 
 @pytest.fixture(scope="session")
 def library() -> list[str]:
-    """The standard library's files."""
+    """Texts of the standard library's files."""
     return [document.text for document in read_documents(find_files(["stdlib"]), ["text"])]
 
 
@@ -114,7 +114,7 @@ def test_the_sign_for_a_space_is_the_only_exception(trained: SimpleNamespace) ->
 
 
 def test_random_text_gets_the_exports_ids(trained: SimpleNamespace) -> None:
-    """Short alphabets make ties and overlapping pieces."""
+    """Random text of few characters has many ties and overlapping pieces."""
     draw = random.Random(7)
     alphabets = [
         "a ",
@@ -162,7 +162,7 @@ def test_end_of_document_is_known_by_id_alone(trained: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_mask_token_is_known_by_id_alone(tmp_path: Path, kind: str) -> None:
-    """In both forms of the tokenizer; `<mask>` inside a text is text, also in the text it was trained on."""
+    """In both forms of the tokenizer `<mask>` inside a text is text, even in the text it was trained on."""
     (tmp_path / "masks.txt").write_text("a <mask> in a text, <mask><mask>\n" * 500)
     files = [tmp_path / "masks.txt", *find_files(["stdlib"])[::60]]
     tokenizer = write_tokenizer(train_tokenizer(files, kind=kind, vocabulary=600, mask_token=True), tmp_path / "model")
