@@ -83,7 +83,7 @@ def most_that_divide(hosts: Sequence[Host], config: RunConfig) -> list[Host]:
     """The most of the first hosts over which the run divides; ConfigError if there are none."""
     for count in range(len(hosts), 0, -1):
         try:
-            config.layout(sum(host.slots for host in hosts[:count]))
+            config.parallel_layout(sum(host.slots for host in hosts[:count]))
         except ConfigError:
             continue
         return list(hosts[:count])

@@ -132,7 +132,7 @@ def main() -> None:
     arguments = _arguments()
     config: RunConfig = load_config(arguments.config, arguments.overrides)
     hosts = read_hosts(arguments.hostfile)
-    config.layout(sum(host.slots for host in hosts))
+    config.parallel_layout(sum(host.slots for host in hosts))
     refuse_stale_files()
     variables = exported(os.environ, arguments.export)
     master = arguments.master or ("127.0.0.1" if hosts[0].is_local else hosts[0].name)

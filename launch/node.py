@@ -72,7 +72,7 @@ def main() -> None:
     if not 0 <= arguments.node < arguments.nodes:
         raise ConfigError(f"--node is {arguments.node}, and the {arguments.nodes} nodes have the numbers from 0 on")
     config = load_config(arguments.config, arguments.overrides)
-    config.layout(arguments.nodes * arguments.slots)
+    config.parallel_layout(arguments.nodes * arguments.slots)
     logs = Path(config.run.folder).absolute() / LOGS_FOLDER
     with tempfile.TemporaryDirectory() as folder:
         hostfile = Path(folder) / "hosts"

@@ -154,7 +154,7 @@ def judge(nodes: Sequence[NodeFacts], config: RunConfig, needed_bytes: int) -> t
         )
     processes = sum(node.slots for node in nodes)
     try:
-        config.layout(processes)
+        config.parallel_layout(processes)
     except EspalierError as error:
         errors.append(str(error))
     if first.revision == "unknown" or first.revision.endswith("-dirty"):

@@ -87,7 +87,7 @@ class ModelConfig(BaseModel):
         "published model that has more",
     )
     vocabulary_multiple: int = Field(
-        128, ge=1, description="the embedding is padded to a multiple of it, whatever the layout"
+        128, ge=1, description="the embedding is padded to a multiple of it, whatever the parallel layout"
     )
     parametrization: Parametrization = Field(
         "factored",

@@ -97,7 +97,7 @@ def _due(step: int, interval: int) -> bool:
 
 def run_training(config: RunConfig, processes: int) -> Trainer | None:
     """Runs or continues the training of `config`; all processes call it. None if the run was complete already."""
-    config.layout(processes)
+    config.parallel_layout(processes)
     folder = Path(config.run.folder)
     own = [
         *config.data.prefixes(),
@@ -109,7 +109,7 @@ def run_training(config: RunConfig, processes: int) -> Trainer | None:
     if config.train.objective == "mlm":
         together(lambda: mask_token(tokenizer))  # checked before anything is written
     config = config.with_vocabulary(tokenizer.vocabulary)
-    layout = config.layout(processes)  # again, now that the vocabulary is known
+    layout = config.parallel_layout(processes)  # again, now that the vocabulary is known
     config = together(partial(with_deepspeed_file, config, layout))
     together(lambda: check_memory(config, processes))
     initialize_process_groups(config.parallel.tensor, collective_timeout(config.guard.hang_seconds))
@@ -140,7 +140,7 @@ def _run_once(
 
     `rollback`: the one after which the run begins here again. None if the run was complete already.
     """
-    layout, folder = config.layout(processes), Path(config.run.folder)
+    layout, folder = config.parallel_layout(processes), Path(config.run.folder)
     checkpoints = folder / "checkpoints"
     reader = open_newest(checkpoints, config)
     heartbeat.at("resume.opened", 0 if reader is None else reader.step)
@@ -177,18 +177,20 @@ def _run_once(
         state=trainer.state,
     )
     if reader is not None:
-        monitor.event("resume", trainer.state.step, checkpoint=str(reader.folder))
+        monitor.log_record("resume", trainer.state.step, checkpoint=str(reader.folder))
     elif (null := trainer.mean_untrained_rank()) is not None:
-        monitor.event("null", 0, mean_rank_if_never_trained=null)
+        monitor.log_record("null", 0, mean_rank_if_never_trained=null)
     if rollback is not None:
-        monitor.event("rollback", step, reason=rollback.reason, left_out=trainer.state.leave_out(consumed))
+        monitor.log_record("rollback", step, reason=rollback.reason, left_out=trainer.state.leave_out(consumed))
     try:
         train(trainer, monitor, Guard(config.guard, signals), checkpoints)
     except RollBack:
         tear_down(trainer.engine)
         raise
     except EspalierError as error:
-        monitor.event("stopped" if isinstance(error, StopSignal) else "fault", trainer.state.step, error=str(error))
+        monitor.log_record(
+            "stopped" if isinstance(error, StopSignal) else "fault", trainer.state.step, error=str(error)
+        )
         raise
     finally:
         trainer.close()

@@ -28,7 +28,7 @@ from pretrain.checkpoint.format import KEYS, Fragment
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.writer import CheckpointWrite, Content
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.config.run import RunConfig
 from pretrain.data.corpus import Corpus, batch_at, micro_batch_start, model_inputs
 from pretrain.data.prefetch import Prefetch, on_device, training_starts
@@ -65,7 +65,9 @@ class Decision:
 class Trainer:
     """One run on the present process groups."""
 
-    def __init__(self, config: RunConfig, layout: Layout, corpus: Corpus, reader: CheckpointReader | None) -> None:
+    def __init__(
+        self, config: RunConfig, layout: ParallelLayout, corpus: Corpus, reader: CheckpointReader | None
+    ) -> None:
         self.config, self.layout, self.corpus = config, layout, corpus
         self.state = TrainState()
         self.flags = NO_FLAGS
@@ -338,6 +340,6 @@ def _poisoned(loss: Tensor, step: int) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def validation_samples(config: RunConfig, layout: Layout) -> int:
+def validation_samples(config: RunConfig, layout: ParallelLayout) -> int:
     """Sequences of one validation: `train.validation_sequences`, rounded up to whole micro-steps."""
     return round_up(config.train.validation_sequences, config.train.micro_batch * layout.data)

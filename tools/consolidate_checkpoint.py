@@ -4,7 +4,8 @@
     python tools/consolidate_checkpoint.py --checkpoint runs/x/checkpoints/step_000001000 --output merged/ \\
         --max-shard-size 2GB --overwrite
 
-Needs no GPU and no process group, and holds one parameter in memory at a time, whatever layout wrote the checkpoint.
+Needs no GPU and no process group, and holds one parameter in memory at a time, whatever parallel layout wrote the
+checkpoint.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def model_report(facts: Facts) -> dict[str, Any]:
 
 
 def checkpoint_report(reader: CheckpointReader) -> dict[str, Any]:
-    """`model_report`, and how and in which layout the checkpoint was written."""
+    """`model_report`, and how and in which parallel layout the checkpoint was written."""
     return {
         "folder": str(reader.folder),
         **model_report(facts_of(reader)),

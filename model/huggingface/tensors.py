@@ -1,4 +1,4 @@
-"""Our tensors and Hugging Face's: one table of names and layouts, for `LlamaForCausalLM` and `GPT2LMHeadModel`.
+"""Our tensors and Hugging Face's: one table of names and arrangements, for `LlamaForCausalLM` and `GPT2LMHeadModel`.
 
 It is read in both directions: exports go from ours to theirs, imports from theirs to ours. The table speaks of *dense*
 logical tensors, whatever the parametrization (`model/huggingface/dense.py` makes them and makes others of them), so it
@@ -26,7 +26,7 @@ from model.huggingface.dense import TensorReader, dense_tensor, norm_module, par
 
 
 @dataclass(frozen=True)
-class Layout:
+class Arrangement:
     """How one dense tensor of ours and the Hugging Face tensors with its numbers come out of each other."""
 
     to_theirs: Callable[[ModelConfig, Tensor], tuple[Tensor, ...]]
@@ -39,7 +39,7 @@ class Correspondence:
 
     ours: str
     theirs: tuple[str, ...]
-    layout: Layout
+    arrangement: Arrangement
 
 
 def correspondences(config: ModelConfig) -> list[Correspondence]:
@@ -58,7 +58,7 @@ def correspondences(config: ModelConfig) -> list[Correspondence]:
                 table.append(Correspondence(ours, (layer + names.norms[projection.kind] + leaf,), _SAME))
         for leaf in leaves:
             theirs = tuple(f"{layer}{module}.{leaf}" for module in names.modules[projection.kind])
-            table.append(Correspondence(f"{projection.name}.{leaf}", theirs, names.layouts[projection.kind, leaf]))
+            table.append(Correspondence(f"{projection.name}.{leaf}", theirs, names.arrangements[projection.kind, leaf]))
     final = "decoder.final_layernorm."
     table += [Correspondence(final + leaf, (names.final_norm + leaf,), _SAME) for leaf in norm_leaves]
     if not config.tied_embeddings:
@@ -71,13 +71,13 @@ def huggingface_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, one after the other; the tensors may be views of each other's memory."""
     for row in correspondences(config):
-        tensors = row.layout.to_theirs(config, dense_tensor(config, ranks, read, row.ours))
+        tensors = row.arrangement.to_theirs(config, dense_tensor(config, ranks, read, row.ours))
         yield from zip(row.theirs, tensors, strict=True)
 
 
 def tensor_from_theirs(config: ModelConfig, row: Correspondence, theirs: tuple[Tensor, ...]) -> Tensor:
     """One dense tensor of ours in fp32, out of the Hugging Face tensors of its row."""
-    return row.layout.from_theirs(config, tuple(tensor.float() for tensor in theirs)).contiguous()
+    return row.arrangement.from_theirs(config, tuple(tensor.float() for tensor in theirs)).contiguous()
 
 
 def modules_of(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
@@ -89,15 +89,15 @@ def modules_of(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
 
 def stores_transposed(config: ModelConfig) -> bool:
     """Whether Hugging Face's linear modules hold their weights as `(in, out)`: GPT-2's Conv1D does."""
-    return _NAMES[config.family].layouts["proj", "weight"] is _TRANSPOSED
+    return _NAMES[config.family].arrangements["proj", "weight"] is _TRANSPOSED
 
 
 def module_rows(config: ModelConfig, projection: Projection, rows: Tensor) -> tuple[Tensor, ...]:
     """`rows (out, ...)` of a projection cut and ordered as the outputs of its `modules_of`, never transposed."""
     names = _NAMES[config.family]
     # A row number takes the same way as a bias does.
-    layout = names.layouts.get((projection.kind, "bias")) or names.layouts[projection.kind, "weight"]
-    places = layout.to_theirs(config, torch.arange(projection.out_features))
+    arrangement = names.arrangements.get((projection.kind, "bias")) or names.arrangements[projection.kind, "weight"]
+    places = arrangement.to_theirs(config, torch.arange(projection.out_features))
     return tuple(rows[place] for place in places)
 
 
@@ -147,14 +147,16 @@ def _unstacked(config: ModelConfig, rows: Tensor) -> Tensor:
     return _interleaved(config, rows.chunk(3))
 
 
-_SAME = Layout(lambda config, tensor: (tensor,), lambda config, theirs: theirs[0])
+_SAME = Arrangement(lambda config, tensor: (tensor,), lambda config, theirs: theirs[0])
 # GPT-2's Conv1D keeps `(in, out)`.
-_TRANSPOSED = Layout(lambda config, weight: (weight.t(),), lambda config, theirs: theirs[0].t())
-_VOCABULARY = Layout(_real_rows, _padded_rows)
-_GATE_OVER_UP = Layout(lambda config, rows: rows.chunk(2), lambda config, theirs: torch.cat(theirs))
-_QUERIES_KEYS_VALUES = Layout(_queries_keys_values, _interleaved)
-_STACKED = Layout(lambda config, rows: (_stacked(config, rows),), lambda config, theirs: _unstacked(config, theirs[0]))
-_STACKED_TRANSPOSED = Layout(
+_TRANSPOSED = Arrangement(lambda config, weight: (weight.t(),), lambda config, theirs: theirs[0].t())
+_VOCABULARY = Arrangement(_real_rows, _padded_rows)
+_GATE_OVER_UP = Arrangement(lambda config, rows: rows.chunk(2), lambda config, theirs: torch.cat(theirs))
+_QUERIES_KEYS_VALUES = Arrangement(_queries_keys_values, _interleaved)
+_STACKED = Arrangement(
+    lambda config, rows: (_stacked(config, rows),), lambda config, theirs: _unstacked(config, theirs[0])
+)
+_STACKED_TRANSPOSED = Arrangement(
     lambda config, rows: (_stacked(config, rows).t(),), lambda config, theirs: _unstacked(config, theirs[0].t())
 )
 
@@ -173,7 +175,7 @@ class _Names:
     layer: str
     norms: dict[str, str]
     modules: dict[str, tuple[str, ...]]
-    layouts: dict[tuple[str, str], Layout]
+    arrangements: dict[tuple[str, str], Arrangement]
     final_norm: str
 
 
@@ -188,7 +190,7 @@ _LLAMA = _Names(
         "fc1": ("mlp.gate_proj", "mlp.up_proj"),
         "fc2": ("mlp.down_proj",),
     },
-    layouts={
+    arrangements={
         ("qkv", "weight"): _QUERIES_KEYS_VALUES,
         ("proj", "weight"): _SAME,
         ("fc1", "weight"): _GATE_OVER_UP,
@@ -203,7 +205,7 @@ _GPT2 = _Names(
     layer="transformer.h.{}.",
     norms={"qkv": "ln_1.", "fc1": "ln_2."},
     modules={"qkv": ("attn.c_attn",), "proj": ("attn.c_proj",), "fc1": ("mlp.c_fc",), "fc2": ("mlp.c_proj",)},
-    layouts={
+    arrangements={
         ("qkv", "weight"): _STACKED_TRANSPOSED,
         ("qkv", "bias"): _STACKED,
         ("proj", "weight"): _TRANSPOSED,

@@ -1,4 +1,4 @@
-"""Reads checkpoints: any logical tensor, or any shard of it, whatever layout wrote it.
+"""Reads checkpoints: any logical tensor, or any shard of it, whatever parallel layout wrote it.
 
 The one reader of resume, consolidate, inspect and export. It needs no process group and imports neither DeepSpeed nor
 megatron-core. Sizes are checked before anything is allocated: the manifest against itself and against the sizes of the
@@ -173,7 +173,7 @@ class CheckpointReader:
         return handle
 
     def _read_written_shard(self, name: str, key: str, index: int) -> Tensor:
-        """A shard of the layout in the files, put together from its fragments."""
+        """A shard of the tensor layout in the files, put together from its fragments."""
         pieces = self._pieces[name, key, index]
         handles = [self._handle(shard) for shard, _, _ in pieces]
         shape = self.layouts[name].shard_shape(self.tensor_size)

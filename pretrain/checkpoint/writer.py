@@ -232,7 +232,7 @@ def _check_arguments(content: Content, retention: Retention) -> None:
 
 
 def _digest(layouts: Mapping[str, TensorLayout]) -> str:
-    """Checksum of all parameters' names and layouts."""
+    """Checksum of all parameters' names and tensor layouts."""
     return xxhash.xxh3_64_hexdigest(repr(sorted((name, repr(layout)) for name, layout in layouts.items())).encode())
 
 

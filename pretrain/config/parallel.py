@@ -11,7 +11,7 @@ from pretrain.schedule import BatchRamp
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Processes along each axis, and micro-steps in a step of the full global batch."""
 
     tensor: int
@@ -43,8 +43,9 @@ def check_tensor_split(model: ModelConfig, tensor: int) -> None:
 
 def lay_out(
     model: ModelConfig, processes: int, tensor: int, micro_batch: int, global_batch: int, ramp: BatchRamp | None
-) -> Layout:
-    """The layout on `processes` processes; ConfigError, with the numbers, if the run does not divide evenly."""
+) -> ParallelLayout:
+    """The parallel layout on `processes` processes; ConfigError, with the numbers, if the run does not divide
+    evenly."""
     if processes % tensor:
         raise ConfigError(
             f"{processes} processes do not divide into groups of parallel.tensor {tensor}: "
@@ -65,4 +66,4 @@ def lay_out(
                 f"process{'es' if data > 1 else ''} = {quantum} sequences each; set {name} to {choice}, "
                 "or change train.micro_batch"
             )
-    return Layout(tensor, data, global_batch // quantum)
+    return ParallelLayout(tensor, data, global_batch // quantum)

@@ -2,8 +2,8 @@
 
     config = load_config("gpt2_small", ["train.steps=100", "parallel.tensor=2"])
 
-A config is checked as a whole when it is built; `config.layout(processes)` checks it against the number of processes.
-Sections that belong to one component are declared beside it. Every mistake is a ConfigError of one sentence.
+A config is checked as a whole when it is built; `config.parallel_layout(processes)` checks it against the number of
+processes. Sections that belong to one component are declared beside it. Every mistake is a ConfigError of one sentence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from model.config import ModelConfig, Recompute, check_recompute, factored_projections
 from pretrain.config.data import DataConfig
 from pretrain.config.files import explain, find_file, merge, parse_override, read_settings
-from pretrain.config.parallel import Layout, lay_out
+from pretrain.config.parallel import ParallelLayout, lay_out
 from pretrain.errors import ConfigError
 from pretrain.policies.policy import RankConfig
 from pretrain.policies.select import check_rank_config, with_defaults
@@ -92,8 +92,8 @@ class TrainConfig(_Section):
     )
     deterministic: bool = Field(
         False,
-        description="the same bits in every run of the same layout, also on a GPU, where that costs time. Switch "
-        "it on to compare runs to the last bit (docs/reliability.md)",
+        description="the same bits in every run of the same parallel layout, also on a GPU, where that costs time. "
+        "Switch it on to compare runs to the last bit (docs/reliability.md)",
     )
     recompute: Recompute = Field(
         "none",
@@ -307,7 +307,7 @@ class RunConfig(_Section):
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"bidirectional": True})})
 
-    def layout(self, processes: int) -> Layout:
+    def parallel_layout(self, processes: int) -> ParallelLayout:
         """The split over `processes` processes; ConfigError, with the numbers, if the run does not divide evenly."""
         return lay_out(
             self.model,
@@ -321,7 +321,7 @@ class RunConfig(_Section):
     def samples_at_end(self, step: int, consumed: int) -> int:
         """Sequences consumed at the end by a run that has consumed `consumed` at `step`, whatever its batches were."""
         train = self.train
-        end, now = (samples_before(moment, train.global_batch, train.batch_ramp) for moment in (train.steps, step))
+        end, now = (samples_before(taken, train.global_batch, train.batch_ramp) for taken in (train.steps, step))
         return consumed + end - now
 
     def initial_ranks(self) -> dict[str, int]:

@@ -9,8 +9,8 @@ directions and predicts
 
 |S| is the same in every sample, so the mean over samples is the mean over chosen tokens, however a batch is split over
 processes and micro-steps. What is chosen follows from the run seed and the sample's place in the order of all samples,
-by a counter-based generator (Philox, Salmon et al. 2011): it depends on no layout and no running state, differs from
-epoch to epoch, and validation hides the same tokens every time.
+by a counter-based generator (Philox, Salmon et al. 2011): it depends on no parallel layout and no running state,
+differs from epoch to epoch, and validation hides the same tokens every time.
 """
 
 import hashlib

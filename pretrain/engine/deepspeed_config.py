@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pretrain.config.files import find_file, read_json
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.config.run import RunConfig
 from pretrain.errors import ConfigError
 
@@ -71,7 +71,7 @@ _REASONS = {
     "zero_optimization.compute_grad_norm": "the run clips by the gradient's norm, logs it, and skips steps by it",
     "zero_optimization.zenflow": "its split optimizer step is not carried through a growth of ranks",
     "zero_optimization.round_robin_gradients": "it reorders the partitions that checkpoints name",
-    "zero_optimization.elastic_checkpoint": "checkpoints of a run can be resumed on any layout without it",
+    "zero_optimization.elastic_checkpoint": "checkpoints of a run can be resumed on any parallel layout without it",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "the run trains with AdamW, not with Muon",
     "bf16.immediate_grad_update": "it belongs to an optimizer class whose state cannot be grown yet",
     "bf16.bf16_master_weights_and_grads": "masters and moments are kept in fp32",
@@ -83,8 +83,9 @@ _REASONS = {
 }
 
 
-def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """DeepSpeed's config for this run on this layout, at the full global batch; it shares no object with `config`."""
+def deepspeed_dict(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """DeepSpeed's config for this run on this parallel layout, at the full global batch; it shares no object with
+    `config`."""
     result: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
     result |= deepcopy(_checked_settings(config, layout))
     for key, (value, _) in _derived(config, layout).items():
@@ -104,7 +105,7 @@ def deepspeed_dict(config: RunConfig, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def with_deepspeed_file(config: RunConfig, layout: Layout) -> RunConfig:
+def with_deepspeed_file(config: RunConfig, layout: ParallelLayout) -> RunConfig:
     """The config with the content of its DeepSpeed file in place of the file's name; ConfigError if the run refuses
     it."""
     if not isinstance(config.deepspeed.config, str):
@@ -123,7 +124,7 @@ def given_settings(config: RunConfig) -> tuple[dict[str, Any], str]:
     return given or {}, "deepspeed.config"
 
 
-def _checked_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
+def _checked_settings(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
     """The given settings without those that change nothing: an unused section may hold an account's key."""
     given, source = given_settings(config)
     derived = _derived(config, layout)
@@ -138,7 +139,7 @@ def _checked_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
     return kept
 
 
-def _derived(config: RunConfig, layout: Layout) -> dict[str, tuple[Any, str]]:
+def _derived(config: RunConfig, layout: ParallelLayout) -> dict[str, tuple[Any, str]]:
     """Keys that follow from the run, each with its value and where that comes from."""
     train = config.train
     batch = (

@@ -131,7 +131,8 @@ def _order_instead_of_waiting(stream: Any) -> None:
 
 class _Scanned(metaclass=ABCMeta):
     """Methods that both of DeepSpeed's ZeRO optimizers share; the first base class, so that they override
-    DeepSpeed's. The base class `ABC` would give objects another layout, and `attach` could not assign the class."""
+    DeepSpeed's. The base class `ABC` would give objects another memory layout, and `attach` could not assign the
+    class."""
 
     summed_squared_norm: float | None
     """Squared norm over all processes, for the coming step; None until it is known."""

@@ -156,7 +156,7 @@ class GradientProbe:
         return {"range": self._ranges, "first": self._first, "second": self._second}
 
     def _layout(self, layouts: Mapping[str, TensorLayout], kind: str, name: str) -> TensorLayout:
-        """Layout of one kind of measured tensor of a layer, from the `layouts` of the model's parameters."""
+        """Tensor layout of one kind of measured tensor of a layer, from the `layouts` of the model's parameters."""
         factor = layouts[f"{name}.{'B' if kind == 'range' else 'A'}"]
         rows, columns = factor.full_shape
         shape = (rows, self._count) if kind == "range" else (self._count, columns)

@@ -75,7 +75,7 @@ class Board:
     def figure(self, step: int, tag: str, figure: Figure) -> None:
         self._main.add_figure(tag, figure, step)
 
-    def event(self, step: int, kind: str, facts: Mapping[str, Any], lm_loss: float | None) -> None:
+    def log_record(self, step: int, kind: str, facts: Mapping[str, Any], lm_loss: float | None) -> None:
         """Writes an event as text, and as a mark at the height of the last loss, if there is one."""
         rows = [f"| {name} | {_shown(value)} |" for name, value in facts.items() if not isinstance(value, Mapping)]
         self._main.add_text(f"event/{kind}", "\n".join([f"| {kind} | step {step} |", "|---|---|", *rows]), step)

@@ -29,7 +29,7 @@ class Console:
         facts = "  ".join(f"{name} {value}" for name, value in shown.items())
         self.print(f"step {step}/{self._steps}  {facts}  left {clock}")
 
-    def event(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+    def log_record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
         shown = "  ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
         )

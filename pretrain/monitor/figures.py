@@ -34,7 +34,7 @@ def rank_map(history: Sequence[tuple[int, Mapping[str, int]]], last_step: int, l
     `history`: the steps at which ranks changed, ascending, with the ranks from there on.
     """
     edges = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
-    ranks = np.array([[moment[layer.name] for _, moment in history] for layer in layers])
+    ranks = np.array([[ranks_then[layer.name] for _, ranks_then in history] for layer in layers])
     return _layer_map(edges, ranks, [layer.label for layer in layers], "rank")
 
 
@@ -45,7 +45,7 @@ def effective_rank_map(history: Sequence[tuple[int, Mapping[str, float]]]) -> Fi
     map back to the one before it.
     """
     labels = list(history[-1][1])
-    values = np.array([[moment.get(label, np.nan) for _, moment in history] for label in labels])
+    values = np.array([[values_then.get(label, np.nan) for _, values_then in history] for label in labels])
     return _layer_map([0, *(step for step, _ in history)], values, labels, "effective rank")
 
 

@@ -134,7 +134,7 @@ class Monitor:
             scalars |= {f"validation/{name}/{key}": value for key, value in facts.items()}
         self._scalars(step, scalars)
         self._to_board(lambda board: board.loss("validation/lm_loss", first.lm_loss, self._spending))
-        self.event("validation", step, **first.facts(), **({"sets": named} if named else {}))
+        self.log_record("validation", step, **first.facts(), **({"sets": named} if named else {}))
 
     def decision(self, step: int, seconds: float, flops: float) -> None:
         """Shows a policy's decision: its seconds, without those of growth, and the FLOPs of its measurements."""
@@ -156,7 +156,7 @@ class Monitor:
         facts = {"layers": len(growth.after), "mean_rank": self._mean_rank(), "seconds": growth.seconds}
         moved = {} if logit_change is None else {"logit_change": logit_change}
         self._record("growth", step, {**facts, **moved, "before": growth.before, "after": growth.after})
-        self._console.event("growth", step, facts)
+        self._console.log_record("growth", step, facts)
         scalars = {f"growth/{name}": value for name, value in moved.items()}
         self._scalars(step, {"time/growth_seconds": growth.seconds, **scalars})
         self._show_ranks(step)
@@ -195,12 +195,12 @@ class Monitor:
         self._tracked.append((step, effective_ranks_of_updates(record)))
         self._figure(step, "track/update/effective_rank_map", lambda: figures.effective_rank_map(self._tracked))
 
-    def event(self, kind: str, step: int, **facts: Any) -> None:
+    def log_record(self, kind: str, step: int, **facts: Any) -> None:
         """Records an event, such as a checkpoint, a resume or a fault."""
         if not self._active:
             return
         self._record(kind, step, facts)
-        self._console.event(kind, step, facts)
+        self._console.log_record(kind, step, facts)
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         """Shows the facts that `pretrain.monitor.summary.summarize` returned, and writes them to a file."""
@@ -283,6 +283,6 @@ class Monitor:
         self._console.progress(step, shown)
 
     def _record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._attempt(lambda: self._events.append({"time": moment, "step": step, "event": kind, **facts}))
-        self._to_board(lambda board: board.event(step, kind, facts, self._lm_loss))
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._attempt(lambda: self._events.append({"time": time, "step": step, "event": kind, **facts}))
+        self._to_board(lambda board: board.log_record(step, kind, facts, self._lm_loss))

@@ -1,4 +1,4 @@
-"""What one process sends in a step, and how long that takes, from config, ranks and layout alone.
+"""What one process sends in a step, and how long that takes, from config, ranks and parallel layout alone.
 
 Between tensor-parallel processes: `model/costs/communication.py`. Over d data-parallel processes, with N trained
 numbers on a tensor-parallel process and e bytes a number, DeepSpeed 0.19.8 asks for

@@ -1,8 +1,8 @@
-"""Whether a run fits on a machine, and if not, the numbers and the nearest layout that does.
+"""Whether a run fits on a machine, and if not, the numbers and the nearest parallel layout that does.
 
-The nearest layout is the one at the smallest distance. Doubling the tensor-parallel size, halving the micro-batch and
-moving by one ZeRO stage count 1 each; recomputation from factors 1.5, of layers 2; another global batch and moving the
-optimizer to the host 3 each. What costs time counts more.
+The nearest parallel layout is the one at the smallest distance. Doubling the tensor-parallel size, halving the
+micro-batch and moving by one ZeRO stage count 1 each; recomputation from factors 1.5, of layers 2; another global
+batch and moving the optimizer to the host 3 each. What costs time counts more.
 """
 
 import math
@@ -66,7 +66,7 @@ def check_memory(config: RunConfig, processes: int) -> None:
 def fitting_setup(config: RunConfig, outlook: Outlook, machine: Machine, assumed: Assumptions) -> Setup:
     """The config's own setup; if it does not fit, ConfigError with the numbers and the nearest setup that fits."""
     try:
-        config.layout(machine.processes)
+        config.parallel_layout(machine.processes)
     except ConfigError as error:
         raise ConfigError(f"{error}; {_proposal(config, outlook, machine, assumed)}") from error
     setup = setup_of(config, machine.processes, machine.gpu)
@@ -99,7 +99,7 @@ def _excess(memory: MemoryPlan, machine: Machine, assumed: Assumptions) -> str:
 
 
 def _proposal(config: RunConfig, outlook: Outlook, machine: Machine, assumed: Assumptions) -> str:
-    """The settings to change for the nearest layout that fits, or the message that none does."""
+    """The settings to change for the nearest parallel layout that fits, or the message that none does."""
     candidates = sorted(_candidates(config, outlook, machine), key=lambda candidate: candidate.distance)
     needs: list[tuple[int, str]] = []
     for candidate in candidates:
@@ -108,10 +108,11 @@ def _proposal(config: RunConfig, outlook: Outlook, machine: Machine, assumed: As
             return f"the nearest that fits: {changes} ({memory.total / 1e9:,.1f} GB a process)"
         needs.append((memory.total, changes))
     if not needs:
-        return f"no layout divides over {machine.processes} processes: change the number of nodes"
+        return f"no parallel layout divides over {machine.processes} processes: change the number of nodes"
     smallest, changes = min(needs)
     return (
-        f"no layout on {machine.processes} devices fits, the smallest needs {smallest / 1e9:,.1f} GB a process "
+        f"no parallel layout on {machine.processes} devices fits, the smallest needs {smallest / 1e9:,.1f} GB a "
+        f"process "
         f"({changes}): take more nodes, or a smaller model or rank"
     )
 
@@ -160,8 +161,8 @@ def _candidates(config: RunConfig, outlook: Outlook, machine: Machine) -> Iterat
 
 
 def _variants(config: RunConfig, model: ModelConfig, plain: Setup) -> Iterator[tuple[Setup, float]]:
-    """The same layout with every ZeRO stage, recomputation and place of the optimizer. What the run's DeepSpeed file
-    sets stays."""
+    """The same parallel layout with every ZeRO stage, recomputation and place of the optimizer. What the run's
+    DeepSpeed file sets stays."""
     zero = zero_buffers(config)
     in_bottlenecks = model.parametrization == "factored" and model.factored_layers == "all"
     modes = [mode for mode in get_args(Recompute) if mode != "factors" or in_bottlenecks]

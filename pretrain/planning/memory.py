@@ -1,4 +1,4 @@
-"""What one process holds in memory, from config, ranks and layout alone: nothing is built.
+"""What one process holds in memory, from config, ranks and parallel layout alone: nothing is built.
 
 ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054, section 3) over d data-parallel processes, with N trained numbers on a
 tensor-parallel process, e bytes each, in DeepSpeed 0.19.8:
@@ -28,7 +28,7 @@ from model.config import ModelConfig, Recompute
 from model.costs.activations import FP32_BYTES, Activations, activation_bytes, loss_bytes, loss_in_place
 from model.costs.communication import padded_group
 from model.costs.parameter_shards import ParameterShard, parameter_shards
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.schedule import has_weight_decay
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -57,7 +57,7 @@ class ZeroBuffers:
 class Setup:
     """Everything except model and ranks that decides what a process holds, computes and sends."""
 
-    layout: Layout
+    layout: ParallelLayout
     micro_batch: int
     precision: str
     stage: int

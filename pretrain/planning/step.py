@@ -104,7 +104,7 @@ def setup_of(config: RunConfig, processes: int, gpu: bool) -> Setup:
 
     Raises ConfigError if the run does not divide evenly.
     """
-    layout = config.layout(processes)
+    layout = config.parallel_layout(processes)
     deepspeed_dict(config, layout)  # refuses what the run would refuse
     return Setup(
         layout,

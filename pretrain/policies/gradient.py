@@ -81,9 +81,7 @@ class GradientPolicy(MeasuringPolicy):
 
     def _decisions_left(self, step: int) -> int:
         last = self._steps - 1
-        return (
-            sum(in_growth_window(moment, self._rank) for moment in range(step, last + 1, self._rank.check_every)) or 1
-        )
+        return sum(in_growth_window(later, self._rank) for later in range(step, last + 1, self._rank.check_every)) or 1
 
 
 def check_probe(rank: RankConfig, factored: Sequence[Projection], ranks: Mapping[str, int]) -> None:

@@ -159,7 +159,7 @@ def test_a_stamp_of_the_same_requirements_skips_the_installation(checkout: Path,
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_gpt2"])
 def test_quickstart_configs_are_valid_and_grow(name: str):
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"))
-    assert config.layout(2).data == 2
+    assert config.parallel_layout(2).data == 2
     assert config.rank.policy != "fixed"
     assert (
         yaml.safe_load((ROOT / "launch/quickstart.sh").read_text().split("last_step=")[1].split()[0])

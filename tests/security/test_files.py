@@ -58,7 +58,7 @@ def started(folder: Path) -> None:
 
 def deepspeed(folder: Path) -> None:
     config = load_config(str(folder / "run.yaml"), [f"deepspeed.config={folder / 'deepspeed.json'}"])
-    deepspeed_dict(config, config.layout(1))
+    deepspeed_dict(config, config.parallel_layout(1))
 
 
 def joined_parts(folder: Path) -> None:

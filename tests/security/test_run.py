@@ -166,7 +166,7 @@ def test_a_key_in_a_deepspeed_file_is_refused_and_not_repeated(
     (tmp_path / "deepspeed.json").write_text(json.dumps(content))
     config = load_config(str(world / "settings" / "run.yaml"), [f"deepspeed.config={tmp_path / 'deepspeed.json'}"])
     with pytest.raises(ConfigError) as refused:
-        deepspeed_dict(config, config.layout(1))
+        deepspeed_dict(config, config.parallel_layout(1))
     assert named in str(refused.value)
     assert "marked_secret" not in str(refused.value)
 

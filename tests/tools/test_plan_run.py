@@ -1,4 +1,5 @@
-"""The planner's command: what it prints and writes, what it refuses, with numbers, and the nearest layout that fits."""
+"""The planner's command: what it prints and writes, what it refuses, with numbers, and the nearest parallel layout
+that fits."""
 
 import json
 import sys

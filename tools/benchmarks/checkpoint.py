@@ -1,4 +1,4 @@
-"""Measures what saving, resuming and changing the layout cost: seconds that training stands still, and memory.
+"""Measures what saving, resuming and changing the parallel layout cost: seconds that training stands still, and memory.
 
     python tools/benchmarks/checkpoint.py --config quickstart --out /tmp/checkpoints data.prefix=CORPUS \\
         data.tokenizer=MODEL train.steps=40 checkpoint.every=4 --json checkpoint.json

@@ -138,4 +138,4 @@ def growing_trainer(arguments: argparse.Namespace, stage: int, steps: Sequence[i
     )
     # Nothing is validated and no checkpoint written: nobody asks for the tokenizer, nor what the corpus is.
     corpus = Corpus(_RandomText(config.model), {}, tokenizer=cast(Any, None), fingerprint="random")
-    return Trainer(config, config.layout(processes), corpus, None)
+    return Trainer(config, config.parallel_layout(processes), corpus, None)

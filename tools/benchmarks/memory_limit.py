@@ -1,5 +1,5 @@
-"""Shows that saving, resuming, changing the layout, consolidating and densifying hold within a limit of memory that the
-model's dense form would break.
+"""Shows that saving, resuming, changing the parallel layout, consolidating and densifying hold within a limit of
+memory that the model's dense form would break.
 
     python tools/benchmarks/memory_limit.py --config quickstart --out /tmp/limited --limit 3GB data.prefix=CORPUS \\
         data.tokenizer=MODEL model.hidden=2048 model.layers=24 model.heads=16 model.query_groups=16 \\

@@ -120,7 +120,7 @@ def build_contestant(name: str, config: RunConfig) -> Contestant:
         extra_flops = 6 * (sum(parameter.numel() for parameter in model.parameters()) - before)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = training_flops_per_token(config.model, ranks) + extra_flops
-    settings = deepspeed_dict(config, config.layout(1))
+    settings = deepspeed_dict(config, config.parallel_layout(1))
     engine = build_engine(model, config.optimizer, settings, compiled=config.train.compile)
     return Contestant(
         name=name,

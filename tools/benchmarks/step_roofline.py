@@ -99,7 +99,7 @@ def count_step(config: RunConfig) -> CountedStep:
         model = build_model(config.model, config.initial_ranks(), seed=config.run.seed, recompute=recompute)
         # DeepSpeed moves the module to its device, and torch cannot move fake parameters that have weak references.
         model.__dict__["to"] = lambda *_, **__: model
-        engine = build_engine(model, config.optimizer, deepspeed_dict(config, config.layout(1)))
+        engine = build_engine(model, config.optimizer, deepspeed_dict(config, config.parallel_layout(1)))
         shape = (config.train.micro_batch, config.model.sequence_length)
         tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
         positions = torch.arange(shape[1]).expand(shape[0], -1)

@@ -1,4 +1,5 @@
-"""Saved checkpoints can be read back in any layout, and nothing that happens during a save costs an earlier one."""
+"""Saved checkpoints can be read back in any parallel layout, and nothing that happens during a save costs an earlier
+one."""
 
 import contextlib
 import errno

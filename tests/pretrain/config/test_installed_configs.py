@@ -72,7 +72,7 @@ def test_sizes_are_there_with_their_dense_twins() -> None:
 def test_deepspeed_files_suit_every_config(file: str, settings: list[str]) -> None:
     for name in names():
         config = load_config(name, [f"deepspeed.config={file}", *settings])
-        deepspeed_dict(config, config.layout(64 * config.parallel.tensor // config.train.micro_batch))
+        deepspeed_dict(config, config.parallel_layout(64 * config.parallel.tensor // config.train.micro_batch))
 
 
 def test_the_table_is_current() -> None:

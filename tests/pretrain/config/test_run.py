@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.config.run import RunConfig, check_same_architecture, dump_config, load_config, parse_config
 from pretrain.errors import ConfigError
 
@@ -28,7 +28,7 @@ def test_defaults_are_a_valid_run(tmp_path):
     config = load_config(write(tmp_path, "run.yaml", DATA))
     assert config.run.folder == "runs/default"
     assert config.deepspeed.stage == 1
-    assert config.layout(1) == Layout(tensor=1, data=1, accumulation=4)
+    assert config.parallel_layout(1) == ParallelLayout(tensor=1, data=1, accumulation=4)
     assert set(config.initial_ranks().values()) == {64}
 
 
@@ -204,7 +204,7 @@ def test_layers_that_no_graph_holds_are_not_compiled():
 
 def test_layout_counts_micro_steps():
     config = configured(parallel={"tensor": 2}, train={"micro_batch": 4, "global_batch": 96})
-    assert config.layout(8) == Layout(tensor=2, data=4, accumulation=6)
+    assert config.parallel_layout(8) == ParallelLayout(tensor=2, data=4, accumulation=6)
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,13 @@ def test_layout_counts_micro_steps():
 )
 def test_layouts_that_do_not_come_out_even_show_the_arithmetic(sections, processes, words):
     with pytest.raises(ConfigError) as refused:
-        configured(**sections).layout(processes)
+        configured(**sections).parallel_layout(processes)
     assert words in str(refused.value)
 
 
 def test_fewer_query_groups_than_processes_are_fine():
     config = configured(parallel={"tensor": 4}, model={"heads": 4, "query_groups": 2})
-    assert config.layout(4).data == 1
+    assert config.parallel_layout(4).data == 1
 
 
 # Tokenizer and checkpoint ---------------------------------------------------------------------------------------------

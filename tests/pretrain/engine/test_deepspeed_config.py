@@ -28,7 +28,7 @@ def configured(precision: str = "fp32", stage: int = 1, file: object = None, off
 
 
 def resolved(config: RunConfig) -> dict:
-    return deepspeed_dict(config, config.layout(2))
+    return deepspeed_dict(config, config.parallel_layout(2))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -67,7 +67,7 @@ def test_installed_files_go_by_their_name_and_suit_every_precision(stage, precis
 @pytest.mark.parametrize("installed", [True, False])
 def test_deepspeed_takes_what_we_write(stage, precision, installed):
     config = configured(precision, stage, f"zero{stage}" if installed else None)
-    taken = DeepSpeedConfig(deepspeed_dict(config, config.layout(1)))
+    taken = DeepSpeedConfig(deepspeed_dict(config, config.parallel_layout(1)))
     assert taken.zero_optimization_stage == stage
     assert taken.train_batch_size == 32
     assert taken.gradient_accumulation_steps == 8
@@ -105,13 +105,13 @@ def test_a_run_keeps_what_its_file_said(tmp_path):
     file.write_text(json.dumps(given))
     config = configured(file=file)
     expected = resolved(config)
-    kept = with_deepspeed_file(config, config.layout(2))
+    kept = with_deepspeed_file(config, config.parallel_layout(2))
     file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7}}))
     (tmp_path / "run.yaml").write_text(dump_config(kept))
     assert "secret" not in dump_config(kept)
     again = load_config(str(tmp_path / "run.yaml"))
     assert resolved(kept) == resolved(again) == expected
-    assert with_deepspeed_file(again, again.layout(2)) == kept
+    assert with_deepspeed_file(again, again.parallel_layout(2)) == kept
     resolved(kept)["zero_optimization"]["reduce_bucket_size"] = 8
     assert resolved(kept) == expected
 

@@ -73,7 +73,7 @@ def test_a_run_leaves_its_lines_tags_and_pictures(tmp_path, capsys):
         if step == 10:
             monitor.validation(step, {"": Validation(2.5, bits_per_byte=1.25)})
             monitor.spectra(step, {name: np.array([2.0, 1.0, 1.0]) for name in RANKS})
-            monitor.event("checkpoint", step, folder="checkpoints/step_000000010")
+            monitor.log_record("checkpoint", step, folder="checkpoints/step_000000010")
             monitor.growth(grown(step, seconds=0.25, logit_change=0.0125))
     monitor.close()
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
         file.write('{"step": 20, "lm_lo')
 
     resumed = opened(tmp_path, state=TrainState(step=10))
-    resumed.event("resume", 10)
+    resumed.log_record("resume", 10)
     for step in range(11, 21):
         resumed.train_step(step, metrics(step, lm_loss=1.0))
     resumed.close()
@@ -185,7 +185,7 @@ def test_other_processes_write_and_say_nothing(tmp_path, capsys):
     monitor.validation(5, {"": Validation(2.0)})
     monitor.growth(grown(5, seconds=0.1))
     monitor.spectra(5, {FIRST: np.ones(8)})
-    monitor.event("fault", 5)
+    monitor.log_record("fault", 5)
     monitor.summary({})
     monitor.close()
     assert not folder.exists()
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, capsys):
     monitor = opened(tmp_path / "taken" / "run")
     for step in (5, 10):
         monitor.train_step(step, metrics(step))
-        monitor.event("checkpoint", step)
+        monitor.log_record("checkpoint", step)
     monitor.close()
     shown = capsys.readouterr().out
     assert shown.count("warning: ") == 1

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig, factored_projections
 from model.costs.arithmetic import training_flops_per_token
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.devices import DEVICES
 from pretrain.planning.compute import Arithmetic, _Product, compute_seconds
 from pretrain.planning.memory import Setup
@@ -17,7 +17,7 @@ MEDIUM = ModelConfig(family="gpt2", layers=24, hidden=1024, heads=16, sequence_l
 
 
 def seconds(model: ModelConfig, rank: int | None, setup: Setup | None = None, arithmetic: Arithmetic = H100) -> float:
-    setup = setup or Setup(Layout(tensor=1, data=1, accumulation=1), 16, "bf16", 1)
+    setup = setup or Setup(ParallelLayout(tensor=1, data=1, accumulation=1), 16, "bf16", 1)
     dense = dense_twin(model)
     ranks = {} if rank is None else {p.name: rank for p in factored_projections(model)}
     flops = training_flops_per_token(dense, {})
@@ -60,10 +60,10 @@ def test_low_ranks_pay_less_than_their_flops_say() -> None:
 def test_layouts_share_the_work(rank: int | None) -> None:
     """Data parallelism divides the time, accumulation multiplies it, tensor parallelism makes products thinner."""
     alone = seconds(MEDIUM, rank)
-    twice = Setup(Layout(tensor=1, data=1, accumulation=2), 16, "bf16", 1)
+    twice = Setup(ParallelLayout(tensor=1, data=1, accumulation=2), 16, "bf16", 1)
     assert seconds(MEDIUM, rank, twice) == pytest.approx(2 * alone)
-    assert seconds(MEDIUM, rank, replace(twice, layout=Layout(tensor=1, data=2, accumulation=1))) == alone
-    split = seconds(MEDIUM, rank, replace(twice, layout=Layout(tensor=8, data=1, accumulation=1)))
+    assert seconds(MEDIUM, rank, replace(twice, layout=ParallelLayout(tensor=1, data=2, accumulation=1))) == alone
+    split = seconds(MEDIUM, rank, replace(twice, layout=ParallelLayout(tensor=8, data=1, accumulation=1)))
     assert alone / 8 < split < alone / 2
 
 
@@ -75,7 +75,7 @@ def test_an_additive_layer_takes_its_frozen_weight_and_its_factors() -> None:
 
 def test_recomputation_takes_products_again() -> None:
     none, factors, layers = (
-        seconds(MEDIUM, 256, Setup(Layout(tensor=1, data=1, accumulation=1), 16, "bf16", 1, recompute=mode))
+        seconds(MEDIUM, 256, Setup(ParallelLayout(tensor=1, data=1, accumulation=1), 16, "bf16", 1, recompute=mode))
         for mode in ("none", "factors", "layers")
     )
     assert none < factors < layers < 4 / 3 * none

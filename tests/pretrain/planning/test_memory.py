@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from model.config import ModelConfig
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.planning.communication import Links, plan_communication
 from pretrain.planning.memory import Setup, ZeroBuffers, plan_memory
 from tests.support.distributed import run
@@ -24,7 +24,7 @@ def _config(family: str, parametrization: str = "factored") -> ModelConfig:
 
 
 def _setup(case: Case, processes: int) -> Setup:
-    layout = Layout(case.tensor, processes // case.tensor, case.accumulation)
+    layout = ParallelLayout(case.tensor, processes // case.tensor, case.accumulation)
     zero = ZeroBuffers.of(deepspeed_settings(case)["zero_optimization"])
     return Setup(layout, case.micro_batch, case.precision, case.stage, case.offload, zero=zero)
 
@@ -161,13 +161,13 @@ def test_every_trained_number_without_zero_costs_sixteen_bytes() -> None:
         family="llama", layers=32, hidden=4096, heads=32, ffn=11008, sequence_length=4096, vocabulary=32000,
         parametrization="dense",
     )  # fmt: skip
-    plan = plan_memory(seven, {}, Setup(Layout(1, 1, 1), 1, "bf16", 1))
+    plan = plan_memory(seven, {}, Setup(ParallelLayout(1, 1, 1), 1, "bf16", 1))
     assert plan.weights + plan.gradients + plan.optimizer == 16 * 6_738_415_616
 
 
 def test_a_gpu_with_the_whole_vocabulary_has_two_bytes_of_logits_at_its_loss_where_a_cpu_has_six() -> None:
     config = _config("gpt2").model_copy(update={"vocabulary": 8192, "hidden_dropout": 0.1})
-    setup = Setup(Layout(1, 1, 1), 128, "bf16", 1, zero=ZeroBuffers(reduce_bucket_size=0))
+    setup = Setup(ParallelLayout(1, 1, 1), 128, "bf16", 1, zero=ZeroBuffers(reduce_bucket_size=0))
     ranks = uniform_ranks(config, RANKS[0])
     host, device = plan_memory(config, ranks, setup), plan_memory(config, ranks, replace(setup, gpu=True))
     tokens = setup.micro_batch * config.sequence_length
@@ -175,22 +175,22 @@ def test_a_gpu_with_the_whole_vocabulary_has_two_bytes_of_logits_at_its_loss_whe
     assert host.activations - device.activations == tokens * 2 * config.padded_vocabulary + masks
     in_output_layer = 2 * config.hidden * (tokens + config.padded_vocabulary)  # where the GPU then needs most memory
     assert host.fullest - device.fullest == tokens * 4 * config.padded_vocabulary + masks - in_output_layer
-    split = replace(setup, layout=Layout(2, 1, 1))
+    split = replace(setup, layout=ParallelLayout(2, 1, 1))
     host, device = plan_memory(config, ranks, split), plan_memory(config, ranks, replace(split, gpu=True))
     assert host.fullest - device.fullest == masks // 2
 
 
 def test_zero_3_divides_everything_by_the_processes() -> None:
     config = _config("llama", parametrization="dense")
-    whole = plan_memory(config, {}, Setup(Layout(1, 1, 1), 2, "bf16", 1))
-    eighth = plan_memory(config, {}, Setup(Layout(1, 8, 1), 2, "bf16", 3))
+    whole = plan_memory(config, {}, Setup(ParallelLayout(1, 1, 1), 2, "bf16", 1))
+    eighth = plan_memory(config, {}, Setup(ParallelLayout(1, 8, 1), 2, "bf16", 3))
     for key in ("weights", "gradients", "optimizer"):
         assert getattr(eighth, key) == pytest.approx(getattr(whole, key) / 8, rel=0.01)
 
 
 def test_offload_moves_the_optimizer_to_the_host() -> None:
     config = _config("llama", parametrization="dense")
-    setup = Setup(Layout(1, 4, 1), 2, "bf16", 2)
+    setup = Setup(ParallelLayout(1, 4, 1), 2, "bf16", 2)
     there, away = plan_memory(config, {}, setup), plan_memory(config, {}, replace(setup, offload=True))
     assert (there.host, away.optimizer) == (0, 0)
     assert away.host >= there.optimizer > 0

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from model.config import ModelConfig
-from pretrain.config.parallel import Layout
+from pretrain.config.parallel import ParallelLayout
 from pretrain.engine.build import tear_down
 from pretrain.planning.memory import Setup, ZeroBuffers, plan_memory
 from tests.support.distributed import run
@@ -52,7 +52,7 @@ def _peak(config: ModelConfig, case: Case) -> int:
 
 
 def _check(config: ModelConfig, case: Case, processes: int) -> None:
-    layout = Layout(case.tensor, processes // case.tensor, case.accumulation)
+    layout = ParallelLayout(case.tensor, processes // case.tensor, case.accumulation)
     zero = ZeroBuffers.of(deepspeed_settings(case)["zero_optimization"])
     setup = Setup(layout, case.micro_batch, case.precision, case.stage, case.offload, case.recompute, zero)
     plan = plan_memory(config, _ranks(config), setup)
