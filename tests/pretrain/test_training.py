@@ -23,7 +23,6 @@ from pretrain.errors import CheckpointError, ConfigError, DataError, EspalierErr
 from tests.support.distributed import run
 from tests.support.training_runs import (
     curve,
-    make_corpus,
     releasing,
     train_and_count_tokenizers,
     train_and_lose_a_file,
@@ -33,13 +32,6 @@ from tests.support.training_runs import (
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def _train(corpus: Path, folder: Path, processes: int, *overrides: str, **sections: dict[str, Any]) -> Path:

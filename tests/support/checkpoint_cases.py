@@ -53,6 +53,13 @@ def flat_fragments(tensors: Mapping[tuple[str, str], Tensor], part: int, parts: 
             position += len(shard)
 
 
+def tokenizer_file(folder: Path) -> Path:
+    """A file that nothing reads as a tokenizer."""
+    path = folder / "bpe.model"
+    path.write_bytes(b"a tokenizer")
+    return path
+
+
 def place(tensor_size: int) -> tuple[int, int, int]:
     """This process's tensor index, data index and the number of data-parallel processes."""
     process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
