@@ -37,7 +37,6 @@ setup(
         "tensorboard>=2.18",
         "tokenizers>=0.21",
         "torch>=2.11",
-        "tqdm>=4.66",
         "transformers>=5",
         "xxhash>=3.5",
         "zstandard>=0.23",
@@ -54,7 +53,6 @@ setup(
             "ruff>=0.12",
             "types-PyYAML",
             "types-psutil",
-            "types-tqdm",
         ],
     },
 )

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.errors import ConfigError, run_command
 
 NEEDED = (
-    "torch", "deepspeed", "jinja2", "liger-kernel", "matplotlib", "megatron-core", "numpy", "psutil", "pydantic",
-    "pydantic_core", "pyyaml", "rich", "safetensors", "sentencepiece", "tensorboard", "tokenizers", "tqdm",
+    "torch", "deepspeed", "filelock", "jinja2", "liger-kernel", "matplotlib", "megatron-core", "numpy", "psutil",
+    "pydantic", "pydantic_core", "pyyaml", "rich", "safetensors", "sentencepiece", "tensorboard", "tokenizers",
     "transformers", "typing_extensions", "xxhash", "zstandard",
 )  # fmt: skip
 

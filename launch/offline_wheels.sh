@@ -6,8 +6,8 @@
 #   python3.12 -m pip check                                               # there: what else it lacks; name that, too:
 #   bash launch/offline_wheels.sh --out wheels --python 3.12 sentencepiece xxhash
 #
-# By itself it takes what machines with torch commonly lack: deepspeed, megatron-core, pydantic and what these bring,
-# zstandard, and liger-kernel (which wants the triton of a torch for CUDA).
+# By itself it takes what machines with torch commonly lack: deepspeed, megatron-core, pydantic, rich and what these
+# bring, zstandard, a filelock that is new enough, and liger-kernel (which wants the triton of a torch for CUDA).
 # Versions are those of constraints.txt. DeepSpeed is on no index as a wheel: it is built here from its source, without
 # compiled operators, and fits any Python.
 #
@@ -18,7 +18,8 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-packages=(megatron-core pydantic pydantic_core annotated-types typing-inspection typing_extensions hjson py-cpuinfo zstandard liger-kernel)
+packages=(megatron-core pydantic pydantic_core annotated-types typing-inspection typing_extensions hjson py-cpuinfo zstandard liger-kernel
+    filelock rich markdown-it-py mdurl pygments)
 
 refuse() {
     echo "error: $*" >&2

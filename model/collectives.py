@@ -7,6 +7,7 @@ returns `x`, so a slice or an expanded gradient would come back unreduced withou
 collectives of a bottleneck are in `model/layers/bottleneck.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.process_groups import tensor_group, tensor_size
+
+Collective = Callable[[Tensor], Tensor]
 
 
 def all_reduced(tensor: Tensor) -> Tensor:
@@ -38,39 +41,26 @@ def reduce_scattered(tensor: Tensor) -> Tensor:
     return piece
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
+class _Paired(torch.autograd.Function):
+    """One function forward, and another one for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return all_reduced(gradient)
-
-
-class _GatherStream(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor) -> Tensor:
-        return all_gathered(shard)
+    def forward(ctx: Any, tensor: Tensor, forward: Collective, backward: Collective) -> Tensor:
+        ctx.collective = backward
+        return forward(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return reduce_scattered(gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.collective(gradient), None, None
 
 
-class _ScatterStream(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor) -> Tensor:
-        return reduce_scattered(partial)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return all_gathered(gradient)
+def _same(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor)
 
 
 def copy_to_group(tensor: Tensor) -> Tensor:
     """Identity; the gradient is summed over the tensor-parallel group."""
-    return tensor if tensor_size() == 1 else _CopyToGroup.apply(tensor)
+    return tensor if tensor_size() == 1 else _Paired.apply(tensor, _same, all_reduced)
 
 
 def gather_stream(shard: Tensor) -> Tensor:
@@ -79,10 +69,10 @@ def gather_stream(shard: Tensor) -> Tensor:
     Every process must use the gathered tensor for a different share of the result (a column-parallel layer that does
     not reduce its input gradient itself), or gradients come out tp times too large.
     """
-    return shard if tensor_size() == 1 else _GatherStream.apply(shard)
+    return shard if tensor_size() == 1 else _Paired.apply(shard, all_gathered, reduce_scattered)
 
 
 def scatter_stream(partial: Tensor) -> Tensor:
     """Sums `partial (seq, batch, hidden)` over the group and keeps `(seq, batch, hidden/tp)`; the gradient is
     gathered."""
-    return partial if tensor_size() == 1 else _ScatterStream.apply(partial)
+    return partial if tensor_size() == 1 else _Paired.apply(partial, reduce_scattered, all_gathered)

@@ -1,6 +1,7 @@
 """Writes files and folders so that they reach the disk whole; reads foreign files strictly, and up to a size limit."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pretrain.errors import CheckpointError
 
 CHUNK_BYTES = 8 * 2**20
+_DISK_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def flush_to_disk(path: Path) -> None:
@@ -122,6 +124,8 @@ def new_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(aside)
         commit_folder(staging, output, aside)
     except (OSError, SafetensorError) as error:
+        if not _is_of_writing(error, staging, output, aside):
+            raise CheckpointError(f"{output} is not made, since what goes into it cannot be read: {error}") from error
         raise CheckpointError(
             f"{output} could not be written ({error}): free space there, make it writable, or give another --output"
         ) from error
@@ -129,6 +133,17 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if output.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_of_writing(error: Exception, *written: Path) -> bool:
+    """Whether it is the disk, one of the `written` folders or one above that failed, and not something that was read. A
+    write to a full disk names no file."""
+    if not isinstance(error, OSError):
+        return False
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return error.errno in _DISK_FAILURES or any(
+        path.is_relative_to(folder) or folder.is_relative_to(path) for path in named for folder in written
+    )
 
 
 def plain_file_bytes(path: Path) -> int:
@@ -153,22 +168,6 @@ def read_limited(path: Path, limit_bytes: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def open_tensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """A handle of a safetensors file, and the shapes of its tensors, all fp32; reads only the header."""
-    plain_file_bytes(path)
-    try:
-        handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    shapes = {}
-    for name in handle.keys():  # noqa: SIM118 (it is no dictionary)
-        header = handle.get_slice(name)
-        if header.get_dtype() != "F32":
-            raise CheckpointError(f"{path} holds {name!r} as {header.get_dtype()} and not as F32")
-        shapes[name] = tuple(header.get_shape())
-    return handle, shapes
 
 
 def decode_json(data: bytes | str) -> dict[str, Any]:

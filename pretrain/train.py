@@ -46,7 +46,7 @@ def train(trainer: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -
     """The loop: what happens in a step, and in which order."""
     train, checkpoint, state = trainer.config.train, trainer.config.checkpoint, trainer.state
     loss, validation = float("nan"), None
-    saver = Saver(beside=checkpoint.background, failures=checkpoint.failures, report=monitor.event)
+    saver = Saver(beside=checkpoint.background, failures=checkpoint.failures, report=monitor.log_record)
     save = partial(saver.save, partial(trainer.begin_checkpoint, checkpoints))
     while state.step < train.steps:
         decision = trainer.decide_if_due()
@@ -60,7 +60,7 @@ def train(trainer: Trainer, monitor: Monitor, guard: Guard, checkpoints: Path) -
         monitor.train_step(state.step, metrics)
         loss = metrics.lm_loss
         try:
-            guard.judge(loss, state, monitor.event)
+            guard.judge(loss, state, monitor.log_record)
         except (RollBack, NumericalError):
             saver.finish()  # a checkpoint from before this step
             raise

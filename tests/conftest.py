@@ -3,6 +3,7 @@ run the kernels of a GPU on a CPU: a choice that Triton makes when it is importe
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,13 @@ def pretending() -> Iterator[WorkerPool]:
     pool = WorkerPool(ENVIRONMENT)
     yield pool
     pool.kill()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small corpus and its tokenizer, of the module alone: runs keep an index beside a corpus."""
+    from tests.support.training_runs import make_corpus  # which imports Triton, too early above
+
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder

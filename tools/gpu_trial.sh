@@ -87,7 +87,7 @@ export ESPALIER_USE_CURRENT_PYTHON=1 ESPALIER_PYTHON="$python"
 missing="$("$python" -c '
 import importlib.util
 needed = ("torch deepspeed megatron.core numpy pydantic yaml sentencepiece safetensors tokenizers transformers tensorboard "
-          "matplotlib rich tqdm xxhash zstandard psutil liger_kernel triton").split()
+          "matplotlib rich xxhash zstandard psutil liger_kernel triton").split()
 print(", ".join(name for name in needed if importlib.util.find_spec(name.split(".")[0]) is None))
 ')" || refuse "$python does not run: set ESPALIER_PYTHON to the Python that has torch"
 [ -z "$missing" ] || refuse "$python has no $missing: carry wheels (bash launch/offline_wheels.sh --out .whl --python VERSION NAME...) and give --wheels .whl"

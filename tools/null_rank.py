@@ -32,7 +32,8 @@ from pretrain.growth.spectra import measure_spectra, measure_updates, row_norms
 from pretrain.policies.budget import affordable_parameters
 from pretrain.policies.explained_ratio import explaining_rank
 from pretrain.policies.gradient import PROBED_STEPS
-from pretrain.policies.policy import RankConfig, ScheduleEntry, decide_ranks
+from pretrain.policies.limits import decide_ranks
+from pretrain.policies.policy import RankConfig, ScheduleEntry
 from pretrain.policies.select import build_policy
 from tools.console import progress, table_lines
 from tools.corpus.documents import find_files, read_documents

@@ -23,10 +23,11 @@ from typing import Annotated, Any, Literal
 import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.sharding import TensorLayout
-from pretrain.disk import decode_json, write_blocks
+from pretrain.disk import decode_json, plain_file_bytes, write_blocks
 from pretrain.errors import CheckpointError
 
 FORMAT_VERSION = 2
@@ -272,3 +273,19 @@ def write_tensors(
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
     return write_blocks(path, blocks())
+
+
+def open_tensors(path: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A handle of a safetensors file, and the shapes of its tensors, all fp32; only the header is read."""
+    plain_file_bytes(path)
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    shapes = {}
+    for name in handle.keys():  # noqa: SIM118 (it is no dictionary)
+        header = handle.get_slice(name)
+        if header.get_dtype() != "F32":
+            raise CheckpointError(f"{path} holds {name!r} as {header.get_dtype()} and not as F32")
+        shapes[name] = tuple(header.get_shape())
+    return handle, shapes

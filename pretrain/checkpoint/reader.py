@@ -25,9 +25,10 @@ from pretrain.checkpoint.format import (
     ShardRecord,
     decode_manifest,
     fragment_name,
+    open_tensors,
     step_name,
 )
-from pretrain.disk import file_checksum, open_tensors, plain_file_bytes, read_limited
+from pretrain.disk import file_checksum, plain_file_bytes, read_limited
 from pretrain.errors import CheckpointError
 from pretrain.tokenizer.base import FILE_NAMES, main_file
 

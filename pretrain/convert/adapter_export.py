@@ -19,15 +19,7 @@ from model.huggingface.dense import parameter_shapes
 from pretrain.checkpoint.format import write_tensors
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.convert.huggingface_export import write_huggingface_folder
-from pretrain.convert.logit_comparison import (
-    TOLERANCES,
-    Comparison,
-    compare_logits,
-    comparison_tokens,
-    load_transformers,
-    training_logits,
-    transformers_logits,
-)
+from pretrain.convert.logit_comparison import Comparison, compare_with_written, load_transformers
 from pretrain.convert.source import frozen_base
 from pretrain.disk import write_blocks
 from pretrain.errors import CheckpointError
@@ -69,23 +61,15 @@ def _shapes(consolidated: ConsolidatedModel) -> dict[str, tuple[int, ...]]:
 
 
 def compare_with_adapter(consolidated: ConsolidatedModel, folder: Path, *, dtype: torch.dtype) -> Comparison:
-    """Runs a fixed batch through the additive model, and through the written base with the written update added.
+    """Compares the additive model with the written base and the written update added to it; `CheckpointError` if they
+    are not the same function."""
 
-    Raises `CheckpointError` when the logits differ by more than the `dtype`'s tolerance, or are no numbers.
-    """
-    tokens = comparison_tokens(consolidated)
-    ours = training_logits(consolidated, tokens)
-    merged = load_transformers(folder / BASE_FOLDER, in_memory=True)
-    _merge(merged, folder / ADAPTER_FOLDER)
-    comparison = compare_logits(ours, transformers_logits(merged, tokens))
-    if not comparison.within(TOLERANCES[dtype]):
-        raise CheckpointError(
-            f"base and adapter do not compute what the additive model computes: logits differ by up to "
-            f"{comparison.difference:.3g} at a scale of {comparison.scale:.3g}, and {TOLERANCES[dtype]:g} of the scale "
-            f"is allowed (same greedy token at {comparison.same_greedy_tokens} of {comparison.tokens} positions): "
-            "nothing was exported"
-        )
-    return comparison
+    def merged() -> torch.nn.Module:
+        model = load_transformers(folder / BASE_FOLDER, in_memory=True)
+        _merge(model, folder / ADAPTER_FOLDER)
+        return model
+
+    return compare_with_written(consolidated, merged, dtype=dtype)
 
 
 @torch.no_grad()

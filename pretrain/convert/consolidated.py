@@ -24,9 +24,9 @@ from torch import Tensor
 
 from model.config import ModelConfig, factored_projections
 from model.costs.arithmetic import total_parameters
-from pretrain.checkpoint.format import FP32_BYTES, first_validation_error, write_tensors
+from pretrain.checkpoint.format import FP32_BYTES, first_validation_error, open_tensors, write_tensors
 from pretrain.checkpoint.reader import CheckpointReader
-from pretrain.disk import CHUNK_BYTES, new_folder, open_tensors, plain_file_bytes, read_json, write_blocks
+from pretrain.disk import CHUNK_BYTES, new_folder, plain_file_bytes, read_json, write_blocks
 from pretrain.errors import CheckpointError
 from pretrain.tokenizer.base import FILE_NAMES, MODEL_NAME, main_file
 

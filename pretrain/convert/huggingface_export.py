@@ -18,15 +18,7 @@ from model.huggingface.config import huggingface_config
 from model.huggingface.tensors import huggingface_shapes, huggingface_tensors
 from pretrain.checkpoint.format import write_tensors
 from pretrain.convert.consolidated import INDEX_NAME, ConsolidatedModel, plan_files
-from pretrain.convert.logit_comparison import (
-    TOLERANCES,
-    Comparison,
-    compare_logits,
-    comparison_tokens,
-    load_transformers,
-    training_logits,
-    transformers_logits,
-)
+from pretrain.convert.logit_comparison import Comparison, compare_with_written, load_transformers, type_name
 from pretrain.convert.source import DenseSource, dense_source
 from pretrain.disk import write_blocks
 from pretrain.errors import CheckpointError
@@ -75,22 +67,8 @@ def write_weights(source: DenseSource, folder: Path, *, dtype: torch.dtype, max_
 
 
 def compare_with_export(consolidated: ConsolidatedModel, folder: Path, *, dtype: torch.dtype) -> Comparison:
-    """Runs a fixed batch through the factored model and through the export in `folder`.
-
-    Raises `CheckpointError` when the logits differ by more than the `dtype`'s tolerance, or are no numbers.
-    """
-    tokens = comparison_tokens(consolidated)
-    ours = training_logits(consolidated, tokens)
-    comparison = compare_logits(ours, transformers_logits(load_transformers(folder), tokens))
-    if not comparison.within(TOLERANCES[dtype]):
-        remedy = "" if dtype == torch.float32 else ", try --dtype float32"
-        raise CheckpointError(
-            f"the export does not compute what the factored model computes: logits differ by up to "
-            f"{comparison.difference:.3g} at a scale of {comparison.scale:.3g}, and {TOLERANCES[dtype]:g} of the "
-            f"scale is allowed for {_type_name(dtype)} (same greedy token at {comparison.same_greedy_tokens} of "
-            f"{comparison.tokens} positions): nothing was exported{remedy}"
-        )
-    return comparison
+    """Compares the factored model with the export in `folder`; `CheckpointError` if they are not the same function."""
+    return compare_with_written(consolidated, lambda: load_transformers(folder), dtype=dtype)
 
 
 def _rounded(names: list[str], tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -103,12 +81,8 @@ def _rounded(names: list[str], tensors: Iterator[tuple[str, Tensor]], dtype: tor
         if not rounded.isfinite().all():
             if tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{name} has values up to {tensor.abs().max().item():.3g}, and {_type_name(dtype)} ends at "
+                    f"{name} has values up to {tensor.abs().max().item():.3g}, and {type_name(dtype)} ends at "
                     f"{torch.finfo(dtype).max:.3g}: use --dtype bfloat16 or float32"
                 )
             raise CheckpointError(f"{name} holds NaN or an infinity: export an earlier checkpoint")
         yield rounded
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -43,6 +43,7 @@ SETTINGS_NAME, ADAPTER_NAME = "config.json", "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TYPES = {"F32", "F16", "BF16"}
 _PREFIX = "transformer."
+"""What names of GPT-2's tensors begin with, unless the model was saved without its output layer."""
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 # Constants that older versions of transformers stored beside the weights.
 _BUFFERS = re.compile(
@@ -102,7 +103,7 @@ def _huggingface_source(folder: Path, sequence_length: int | None, tokenizer: Pa
     notes = []
     if tied and not config.tied_embeddings:
         notes.append("the output layer is tied to the embedding there; here it is a copy, trained on its own")
-    if config.family == "gpt2" and settings.get("embd_pdrop", config.hidden_dropout) != config.hidden_dropout:
+    if settings.get("embd_pdrop", config.hidden_dropout) != config.hidden_dropout:
         notes.append(f"resid_pdrop {config.hidden_dropout:g} becomes the dropout of the embedding as well")
     rows = {row.ours: row for row in correspondences(config)}
 
@@ -124,8 +125,8 @@ def _of_length(source: DenseSource, length: int | None) -> DenseSource:
     config, positions = source.config, source.config.sequence_length
     if length is None or length == positions:
         return source
-    if length < 2 or (config.family == "gpt2" and length > positions):
-        most = f"2 to {positions}, its learned positions" if config.family == "gpt2" else "2 or more"
+    if length < 2 or (config.learned_positions and length > positions):
+        most = f"2 to {positions}, its learned positions" if config.learned_positions else "2 or more"
         raise CheckpointError(f"--sequence-length is {length}, and this model allows {most}")
 
     def cut(name: str) -> Tensor:
@@ -198,7 +199,7 @@ class _Weights:
             )
         shapes = huggingface_shapes(config)
         present = {name for name in self._handles if not _BUFFERS.fullmatch(name)}
-        bare = config.family == "gpt2" and not any(name.startswith(_PREFIX) for name in present)
+        bare = not any(name.startswith(_PREFIX) for name in present)
         self._stored = {name: name.removeprefix(_PREFIX) if bare else name for name in shapes}
         if tied:
             self._unite_tied(config, present)

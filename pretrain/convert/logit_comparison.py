@@ -12,6 +12,7 @@ The training model comes out of a consolidated folder, also for tools that run i
         model = load_model(ConsolidatedModel(folder)).eval()
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,32 @@ def compare_logits(ours: Tensor, theirs: Tensor) -> Comparison:
         tokens=ours.shape[0] * ours.shape[1],
         same_greedy_tokens=int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
     )
+
+
+def compare_with_written(
+    consolidated: ConsolidatedModel, load: Callable[[], torch.nn.Module], *, dtype: torch.dtype
+) -> Comparison:
+    """Runs a fixed batch through the model that was trained, and then through what `load` finds in the written files.
+
+    Raises `CheckpointError` when the logits differ by more than the `dtype`'s tolerance, or are no numbers.
+    """
+    tokens = comparison_tokens(consolidated)
+    ours = training_logits(consolidated, tokens)
+    comparison = compare_logits(ours, transformers_logits(load(), tokens))
+    if not comparison.within(TOLERANCES[dtype]):
+        remedy = "" if dtype == torch.float32 else ", try --dtype float32"
+        raise CheckpointError(
+            f"the export does not compute what the {consolidated.config.parametrization} model computes: logits differ "
+            f"by up to {comparison.difference:.3g} at a scale of {comparison.scale:.3g}, and {TOLERANCES[dtype]:g} of "
+            f"the scale is allowed for {type_name(dtype)} (same greedy token at {comparison.same_greedy_tokens} of "
+            f"{comparison.tokens} positions): nothing was exported{remedy}"
+        )
+    return comparison
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """`bfloat16` and the like."""
+    return str(dtype).removeprefix("torch.")
 
 
 def comparison_tokens(consolidated: ConsolidatedModel) -> Tensor:

@@ -46,7 +46,8 @@ from pretrain.errors import agreed
 from pretrain.growth.probe import Demand
 from pretrain.growth.spectra import row_norms
 from pretrain.growth.stash import Stash, host_copy
-from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig, decide_ranks
+from pretrain.policies.limits import decide_ranks
+from pretrain.policies.policy import LayerMeasurement, Policy, RankConfig
 from pretrain.resilience import heartbeat
 from pretrain.train_state import GrowthRecord
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from model.config import factored_projections
 from model.costs.arithmetic import gram_flops, probe_flops_per_token
 from model.gpt import EspalierModel
+from pretrain.checkpoint.format import open_tensors
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.config.run import RunConfig
-from pretrain.disk import open_tensors
 from pretrain.distributed import is_first_process, together
 from pretrain.errors import CheckpointError
 from pretrain.growth.event import (

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from model.config import ModelConfig, factored_projections
 from pretrain.config.run import RunConfig
 from pretrain.policies.budget import affordable_parameters
-from pretrain.policies.policy import check_due, direction_cost, grant_quanta, rank_cap
+from pretrain.policies.limits import direction_cost, grant_quanta, rank_cap
+from pretrain.policies.policy import check_due
 from pretrain.policies.select import POLICIES
 from pretrain.schedule import samples_before
 

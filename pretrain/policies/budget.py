@@ -8,7 +8,8 @@ share of what the dense layers would spend over the whole run.
 from collections.abc import Mapping, Sequence
 
 from model.config import Projection
-from pretrain.policies.policy import Policy, RankConfig, direction_cost, rank_text
+from pretrain.policies.limits import direction_cost
+from pretrain.policies.policy import Policy, RankConfig
 from pretrain.train_state import GrowthRecord, rank_periods
 
 
@@ -64,6 +65,12 @@ def check_budget(
     if start > rank.budget * dense:
         raise ValueError(
             f"rank.budget {rank.budget:g} allows {int(rank.budget * dense):,} parameters in factored layers, and "
-            f"rank {rank_text(ranks)} starts with {start:,} ({start / dense:.3f} of the dense {dense:,}): raise "
+            f"rank {_rank_text(ranks)} starts with {start:,} ({start / dense:.3f} of the dense {dense:,}): raise "
             "rank.budget or start with a lower rank.initial"
         )
+
+
+def _rank_text(ranks: Mapping[str, int]) -> str:
+    """`16`, or `8 to 32` where layers differ."""
+    least, most = min(ranks.values()), max(ranks.values())
+    return f"{least}" if least == most else f"{least} to {most}"

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from model.config import Projection
-from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy, RankConfig, limit_growth
+from pretrain.policies.limits import limit_growth
+from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy, RankConfig
 
 
 def explained_ratio(singular_values: np.ndarray, kept: int) -> float:

@@ -23,14 +23,8 @@ from collections.abc import Mapping, Sequence
 
 from model.config import Projection
 from pretrain.policies.excess_explained_ratio import used_rank
-from pretrain.policies.policy import (
-    LayerMeasurement,
-    MeasuringPolicy,
-    RankConfig,
-    direction_cost,
-    in_growth_window,
-    largest_rank,
-)
+from pretrain.policies.limits import direction_cost, largest_rank
+from pretrain.policies.policy import LayerMeasurement, MeasuringPolicy, RankConfig, in_growth_window
 
 PROBED_STEPS = 3
 """Number of training steps before a decision in which `pretrain/growth/probe.py` measures."""

@@ -25,7 +25,8 @@ from pretrain.config.run import parse_config
 from pretrain.errors import ConfigError
 from pretrain.planning.rank_outlook import outlooks
 from pretrain.policies.budget import affordable_parameters
-from pretrain.policies.policy import LayerMeasurement, decide_ranks
+from pretrain.policies.limits import decide_ranks
+from pretrain.policies.policy import LayerMeasurement
 from pretrain.policies.select import build_policy
 
 def config_with(**rank):

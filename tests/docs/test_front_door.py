@@ -28,9 +28,11 @@ def test_every_change_is_tested_on_three_pythons_and_the_long_tests_run_nightly(
 
 def test_hooks_run_what_the_checks_run() -> None:
     (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
-    commands = [" ".join(hook["entry"].split()[:2]) for hook in repository["hooks"]]
-    assert commands == ["ruff check", "ruff format", "mypy"]
-    assert all(f"-m {command}" in (ROOT / "tests" / "run.sh").read_text() for command in commands)
+    *commands, contracts = [hook["entry"] for hook in repository["hooks"]]
+    checks = (ROOT / "tests" / "run.sh").read_text()
+    assert [command.removesuffix(" --force-exclude") for command in commands] == ["ruff check", "ruff format", "mypy"]
+    assert all(f"-m {' '.join(command.split()[:2])}" in checks for command in commands)
+    assert f'"$espalier_python" {contracts.removeprefix("python ")}' in checks
 
 
 def test_the_issue_form_asks_for_the_records_of_the_run() -> None:

@@ -21,16 +21,9 @@ from launch.preflight import judge, slow_links
 from pretrain.config.run import RunConfig, load_config
 from pretrain.errors import ConfigError
 from tests.support.huggingface_files import byte_level
-from tests.support.training_runs import make_corpus, write_config
+from tests.support.training_runs import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launch") / "corpus"
-    make_corpus(folder)
-    return folder
 
 
 @pytest.fixture

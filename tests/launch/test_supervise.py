@@ -14,16 +14,9 @@ import pytest
 
 from launch.supervise import config_of, newest_step, with_hosts_that_answer
 from pretrain.errors import ConfigError
-from tests.support.training_runs import make_corpus, write_config
+from tests.support.training_runs import write_config
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "corpus"
-    make_corpus(folder)
-    return folder
 
 
 @pytest.fixture

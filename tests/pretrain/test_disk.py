@@ -1,14 +1,18 @@
 """Tests of how files reach the disk and are read."""
 
+import errno
 import json
 import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from pretrain.disk import JsonLines, decode_json, replace_bytes, replace_text, write_blocks
+from pretrain.disk import JsonLines, decode_json, new_folder, replace_bytes, replace_text, write_blocks
+from pretrain.errors import CheckpointError
 
 
 @contextmanager
@@ -90,3 +94,23 @@ def test_a_line_that_did_not_fit_leaves_the_file_as_it_was(tmp_path):
     with files_up_to(40), pytest.raises(OSError, match="took only part of a line"):
         lines.append({"step": 2, "text": 100 * "x"})
     assert lines.path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "out could not be written .*: free space there"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/in/a.model"), "out is not made, .* read: .*/in/a.model"),
+        (SafetensorError("invalid header"), "out is not made, .* cannot be read: invalid header"),
+    ],
+)
+def test_a_new_folder_tells_what_is_read_from_what_is_written(tmp_path: Path, error: Exception, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words), new_folder(tmp_path / "out"):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_folder_where_a_file_stands_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="out could not be written"), new_folder(tmp_path / "file" / "out"):
+        pass

@@ -29,7 +29,7 @@ from tests.support.elastic import (
     train_and_look,
     train_and_note_samples,
 )
-from tests.support.training_runs import curve, make_corpus, releasing, write_config
+from tests.support.training_runs import curve, releasing, write_config
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 SECONDS = 600.0
@@ -47,13 +47,6 @@ MODELS: dict[str, dict[str, Any]] = {
 def _sixteen() -> Iterator[None]:
     with many_processes():
         yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def _sections(model: dict[str, Any], steps: int, rank: dict[str, Any]) -> dict[str, dict[str, Any]]:

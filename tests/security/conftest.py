@@ -18,7 +18,7 @@ from pretrain.tokenizer.load import open_tokenizer
 from tests.support.checkpoint_cases import edit_manifest, save_model
 from tests.support.consolidated_folder import small_tokenizer
 from tests.support.huggingface_files import END, byte_level
-from tests.tools.experiments.test_race import RACE
+from tests.support.race_cases import RACE
 from tools.corpus.documents import find_files
 from tools.experiments.race_results import Results
 from tools.preprocess_corpus import Job, preprocess

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.config import ModelConfig, factored_projections
 from model.sharding import TensorLayout
 from pretrain.checkpoint.format import KEYS, MANIFEST_NAME, Fragment
+from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.writer import write_checkpoint
 from tests.support.reference import frozen_names, random_tensors
@@ -51,6 +52,13 @@ def flat_fragments(tensors: Mapping[tuple[str, str], Tensor], part: int, parts: 
             if first < last:
                 yield Fragment(name, key, first - position, flat[first:last])
             position += len(shard)
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """A file that nothing reads as a tokenizer."""
+    path = folder / "bpe.model"
+    path.write_bytes(b"a tokenizer")
+    return path
 
 
 def place(tensor_size: int) -> tuple[int, int, int]:
@@ -156,3 +164,21 @@ def flip_bit(path: Path, position: int) -> None:
 def hidden_names(root: Path) -> list[str]:
     """What saves leave behind that is neither a checkpoint nor the pointer."""
     return sorted(path.name for path in root.iterdir() if path.name.startswith("."))
+
+
+def assert_holds(folder: Path, step: int) -> None:
+    """The checkpoint is whole, and every logical tensor and every shard of other layouts has the right bits."""
+    reader = CheckpointReader(folder)
+    reader.verify()
+    assert reader.step == step
+    assert reader.state == STATE | {"step": step}
+    assert reader.layouts == LAYOUTS
+    for name, layout in LAYOUTS.items():
+        for key in KEYS:
+            expected = logical(name, key, step)
+            assert torch.equal(reader.read(name, key), expected)
+            for processes in (1, 2, 4):
+                for index in range(processes):
+                    shard = reader.read_shard(name, key, index, processes)
+                    assert shard.is_contiguous()
+                    assert torch.equal(shard, layout.shard(expected, index, processes))

@@ -1,6 +1,7 @@
 """Whole training runs on small corpora, in worker processes and through the launcher."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,12 +17,16 @@ from pretrain.growth.event import change_ranks
 from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer
 from pretrain.train import run_training
 from pretrain.trainer import Trainer
+from tests.support.distributed import run
 from tests.support.parallel_engine import RELEASING, allow_fp16_on_cpu
 from tests.support.parallel_model import positions_of
 from tools.corpus.documents import find_files
 from tools.preprocess_corpus import preprocess
 from tools.train_tokenizer import train_tokenizer, write_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHED = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+"""Variables of a run in processes of its own."""
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"layers": 2, "hidden": 32, "heads": 4, "sequence_length": 32},
     "train": {"steps": 12, "micro_batch": 4, "global_batch": 8, "log_every": 1, "validate_every": 0},
@@ -126,3 +131,38 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "per_second")
     return [{key: value for key, value in line.items() if not key.endswith(timed)} for line in lines]
+
+
+def train(corpus: Path, folder: Path, processes: int, *overrides: str, **sections: dict[str, Any]) -> Path:
+    """Trains in workers; the run's folder."""
+    config = write_config(folder.with_suffix(".yaml"), corpus, folder, **sections)
+    if "deepspeed.stage=3" in overrides:
+        overrides += (f"deepspeed.config={releasing(folder.with_suffix('.json'))}",)
+    run(train_in_workers, processes, str(config), list(overrides))
+    return folder
+
+
+def twenty_steps(family: str, parametrization: str, factored_layers: str) -> dict[str, dict[str, Any]]:
+    """Sections of a run of 20 steps with two growth events, of a variant."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"family": family, "parametrization": parametrization, "factored_layers": factored_layers},
+        "train": {"steps": 20},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    if parametrization == "dense":
+        sections["rank"] = {"policy": "fixed", "schedule": []}
+    return sections
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in `events.jsonl`."""
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def cut_back(folder: Path, copy: Path, step: int) -> None:
+    """What a kill after the checkpoint of `step` leaves: nothing later, `latest` pointing at what is gone."""
+    shutil.copytree(folder, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)

@@ -11,7 +11,7 @@ from model.config import ModelConfig, factored_projections
 from model.costs.arithmetic import total_parameters
 from pretrain.convert.consolidated import ConsolidatedModel
 from pretrain.errors import ConfigError
-from tests.support.checkpoint_cases import flip_bit, hidden_names, save_model
+from tests.support.checkpoint_cases import flip_bit, hidden_names, save_model, tokenizer_file
 from tests.support.reference import random_tensors
 from tools.arguments import parse_bytes
 from tools.consolidate_checkpoint import main
@@ -23,8 +23,7 @@ RANKS = {projection.name: 4 for projection in factored_projections(CONFIG)}
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run with checkpoints of steps 10 and 20."""
-    tokenizer = tmp_path / "bpe.model"
-    tokenizer.write_bytes(b"a tokenizer")
+    tokenizer = tokenizer_file(tmp_path)
     for step in (10, 20):
         save_model(tmp_path / "run" / "checkpoints", CONFIG, RANKS, tokenizer, step)
     return tmp_path / "run"

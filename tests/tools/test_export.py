@@ -10,17 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.tokenizer.load import open_tokenizer
 from tests.support.distributed import run
-from tests.support.training_runs import make_corpus, probe_tokens, train_and_probe, write_config
+from tests.support.training_runs import probe_tokens, train_and_probe, write_config
 from tools import consolidate_checkpoint, densify_checkpoint
 
 NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 VARIANTS = [("llama", "factored", "all"), ("gpt2", "factored", "all"), ("gpt2", "factored", "mlp")]

@@ -114,7 +114,7 @@ def test_wrong_factors_are_noticed_and_an_earlier_export_stays(
     with pytest.raises(SystemExit) as ended:
         run_command(partial(_call, export_adapter, monkeypatch, merged, output, "--overwrite"))
     assert ended.value.code == 3
-    assert "error: base and adapter do not compute what the additive model computes" in capsys.readouterr().err
+    assert "error: the export does not compute what the additive model computes" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 

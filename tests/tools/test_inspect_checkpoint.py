@@ -11,7 +11,7 @@ from model.costs.arithmetic import training_flops_per_token
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.convert.consolidated import write_consolidated
 from pretrain.errors import CheckpointError, ConfigError
-from tests.support.checkpoint_cases import flip_bit, save_model
+from tests.support.checkpoint_cases import flip_bit, save_model, tokenizer_file
 from tests.support.reference import random_tensors
 from tools.inspect_checkpoint import main
 
@@ -26,9 +26,7 @@ def count(config: ModelConfig, ranks: dict[str, int]) -> int:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    path = tmp_path / "bpe.model"
-    path.write_bytes(b"a tokenizer")
-    return path
+    return tokenizer_file(tmp_path)
 
 
 @pytest.fixture

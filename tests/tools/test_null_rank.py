@@ -15,7 +15,7 @@ from pretrain.growth.event import RankMeasurement, layer_measurements
 from pretrain.growth.initial_values import initial_factors, initial_model
 from pretrain.growth.spectra import measure_spectra, measure_updates
 from pretrain.policies.excess_explained_ratio import used_rank
-from pretrain.policies.policy import decide_ranks
+from pretrain.policies.limits import decide_ranks
 from pretrain.policies.select import build_policy
 from tests.support.distributed import run
 from tools.null_rank import null_rank, published_null, text_of_the_standard_library

@@ -13,7 +13,7 @@ from model.config import ModelConfig, factored_projections
 from pretrain.checkpoint.reader import CheckpointReader
 from pretrain.convert.consolidated import ConsolidatedModel, facts_of, plan_files, write_consolidated
 from pretrain.errors import CheckpointError
-from tests.support.checkpoint_cases import edit_manifest, hidden_names, save, save_model
+from tests.support.checkpoint_cases import edit_manifest, hidden_names, save, save_model, tokenizer_file
 from tests.support.reference import random_tensors
 
 CONFIG = ModelConfig(layers=2, hidden=16, heads=2, ffn=24, sequence_length=8, vocabulary=100, vocabulary_multiple=16)
@@ -28,9 +28,7 @@ ADDITIVE = CONFIG.model_copy(update={"parametrization": "additive"})
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    path = tmp_path / "bpe.model"
-    path.write_bytes(b"a tokenizer")
-    return path
+    return tokenizer_file(tmp_path)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pretrain.config.run import load_config
 from pretrain.engine.build import tear_down
 from pretrain.train import run_training
 from tests.support.distributed import run
-from tests.support.training_runs import curve, make_corpus, write_config
+from tests.support.training_runs import curve, write_config
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 GRADIENT = {"policy": "gradient", "schedule": [], "check_every": 3, "stop_step": 4, "probe": 2, "threshold": 0.5}
@@ -89,13 +89,6 @@ def train_both_ways(config: str, folders: list[str]) -> list[int]:
         parallel_state.destroy_model_parallel()
         passes.append(count)
     return passes
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def _check(case: dict[str, dict[str, Any]], corpus: Path, tmp_path: Path) -> None:

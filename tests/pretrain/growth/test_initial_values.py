@@ -21,7 +21,7 @@ from pretrain.tokenizer.load import open_tokenizer
 from tests.support.consolidated_folder import write_consolidated
 from tests.support.distributed import run
 from tests.support.parallel_model import gather_logical
-from tests.support.training_runs import SMALL, curve, make_corpus, train_in_workers, write_config
+from tests.support.training_runs import SMALL, curve, train_in_workers, write_config
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama additive": {"family": "llama", "query_groups": 2, "parametrization": "additive"},
@@ -29,13 +29,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2 dense": {"family": "gpt2", "parametrization": "dense"},
 }
 RANK = 4
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def _make_start(folder: Path, corpus: Path, model: dict[str, Any]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from tests.support.distributed import run
 from tests.support.parallel_engine import Case, SmallRun, uniform_ranks
 from tests.support.parallel_model import positions_of, small_config, some_tokens
 from tests.support.reference import reference_loss
-from tests.support.training_runs import curve, make_corpus, train_in_workers, write_config
+from tests.support.training_runs import curve, train_in_workers, write_config
 
 RANK = 4
 
@@ -183,13 +183,6 @@ DENSE: dict[str, dict[str, Any]] = {
     "train": {"steps": 6, "validate_every": 2, "validation_sequences": 8},
     "checkpoint": {"every": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def _train(corpus: Path, folder: Path, *overrides: str, **sections: dict[str, Any]) -> Path:

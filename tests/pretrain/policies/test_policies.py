@@ -11,15 +11,8 @@ from pretrain.policies.budget import affordable_parameters
 from pretrain.policies.excess_explained_ratio import ROUNDING, used_rank
 from pretrain.policies.explained_ratio import explained_ratio, explaining_rank
 from pretrain.policies.gradient import GradientPolicy
-from pretrain.policies.policy import (
-    LayerMeasurement,
-    RankConfig,
-    ScheduleEntry,
-    decide_ranks,
-    limit_growth,
-    rank_cap,
-    truncated_ranks,
-)
+from pretrain.policies.limits import decide_ranks, limit_growth, rank_cap, truncated_ranks
+from pretrain.policies.policy import LayerMeasurement, RankConfig, ScheduleEntry
 from pretrain.policies.select import POLICIES, build_policy, check_rank_config, check_start_ranks, with_defaults
 from pretrain.train_state import GrowthRecord
 
