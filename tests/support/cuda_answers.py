@@ -43,6 +43,8 @@ def answers(pretence: Pretence, functions: Functions) -> Iterator[None]:
                 setattr(owner, name, value)
 
         replace(torch.cuda, **_cuda(pretence))
+        # A torch that is built for CUDA would ask its driver; optimizers do, in every step.
+        replace(torch.accelerator, current_accelerator=lambda check_available=False: None)
         replace(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing, mark=_nothing)
         replace(torch.cuda.random, get_rng_state=_random_state, set_rng_state=_nothing)
         replace(torch, Generator=Generator)
