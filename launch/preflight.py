@@ -64,8 +64,8 @@ class Meeting:
             return 0.0
         before = time.time()
         self.store.set(f"asks {self.node}", "")
-        told = float(self.store.get(f"time for {self.node}"))
-        return (before + time.time()) / 2 - told
+        reported = float(self.store.get(f"time for {self.node}"))
+        return (before + time.time()) / 2 - reported
 
     def exchange(self, facts: NodeFacts) -> list[NodeFacts]:
         """Collects the facts of all nodes at node 0; an empty list at the others."""

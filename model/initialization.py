@@ -1,4 +1,4 @@
-"""Initial values that depend on the run seed, the parameter's name and its full shape, never on the layout.
+"""Initial values that depend on the run seed, the parameter's name and its full shape alone.
 
 Each value is drawn whole from a generator seeded with a hash of seed and name, and then sliced (to the last bits of a
 QR factorization, which depend on the number of threads).

@@ -1,4 +1,4 @@
-"""Says what is in a checkpoint: ranks by layer and projection, size against the dense model, growth, layout.
+"""Says what is in a checkpoint: ranks by layer and projection, size against the dense model, growth, parallel layout.
 
     python tools/inspect_checkpoint.py --checkpoint runs/quickstart
     python tools/inspect_checkpoint.py --checkpoint runs/x/checkpoints/step_000001000 --verify --json facts.json

@@ -4,8 +4,8 @@
     python tools/plan_run.py --config FILE --nodes 64 --gpus-per-node 8 --json plan.json parallel.tensor=8
 
 Needs neither GPU nor corpus; the vocabulary comes from model.vocabulary, or from data.tokenizer where that exists. A
-layout that does not divide or does not fit is refused, with the numbers and the nearest one that does. Bytes are held
-to measured ones by tests; seconds follow from assumptions, all of which are printed and can be set.
+parallel layout that does not divide or does not fit is refused, with the numbers and the nearest one that does. Bytes
+are held to measured ones by tests; seconds follow from assumptions, all of which are printed and can be set.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def huggingface_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-# Layouts.
+# Arrangements.
 
 
 def _real_rows(config: ModelConfig, rows: Tensor) -> tuple[Tensor, ...]:

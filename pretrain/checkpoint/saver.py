@@ -25,7 +25,7 @@ _NO_HOST_MEMORY = "DefaultCPUAllocator"
 """Word in torch's message when the host has no memory left. torch raises a plain RuntimeError then, as it does when a
 device fails."""
 Report = Callable[..., None]
-"""Type of `Monitor.event`: `report(kind, step, **facts)`."""
+"""Type of `Monitor.log_record`: `report(kind, step, **facts)`."""
 
 
 class _Pending:

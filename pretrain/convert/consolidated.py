@@ -65,7 +65,7 @@ class Facts(BaseModel):
             ranks = [event.get(side) for side in ("before", "after")]
             known = all(isinstance(side, dict) and side and all(map(_is_count, side.values())) for side in ranks)
             if not (known and _is_count(event.get("step")) and isinstance(event.get("seconds"), int | float)):
-                raise ValueError("an event in growth lacks its step, its seconds, or the ranks before and after")
+                raise ValueError("a record in growth lacks its step, its seconds, or the ranks before and after")
         return self
 
 

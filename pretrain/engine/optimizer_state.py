@@ -7,8 +7,8 @@
 | 3          | `..._Stage3`              | its slice of every parameter, in flat fp32 tensors, and moments    |
 
 With the optimizer offloaded (stages 1 to 3) the same tensors lie in host memory. An adapter names the fragments this
-process owns as (parameter, flat start, values) without a collective: checkpoints write them as they are, growth event
-gathers one parameter at a time from them. It reads private attributes of DeepSpeed (`_hp_mapping`,
+process owns as (parameter, flat start, values) without a collective: checkpoints write them as they are, a growth
+event gathers one parameter at a time from them. It reads private attributes of DeepSpeed (`_hp_mapping`,
 `single_partition_of_fp32_groups`, `bit16_groups`; `fp16_groups`, `fp32_partitioned_groups_flat`,
 `_reassign_or_swap_out_partitioned_parameters`): `tests/pretrain/engine/test_optimizer_state.py` fails when a release
 moves them. DeepSpeed's public `safe_get_*` will not do: before the first step it raises on one process and leaves the

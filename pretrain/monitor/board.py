@@ -1,5 +1,5 @@
-"""Writes a run's TensorBoard files: scalars, pictures, events as text and as marks on the loss, settings, and the first
-charts.
+"""Writes a run's TensorBoard files: scalars, pictures, records as text and as marks on the loss, settings, and the
+first charts.
 
 TensorBoard's horizontal axis is a whole number, the step. The loss against FLOPs and against seconds therefore has
 separate writers, in folders that TensorBoard shows as separate runs: there the "step" counts 10⁹ FLOPs, or seconds. The
@@ -23,7 +23,7 @@ from pretrain.monitor.spectrum_report import TRACKING_CHARTS
 from pretrain.monitor.spending import Spending
 
 UNMARKED = ("validation", "decision", "null", "checkpoint")
-"""Kinds of events without a mark on the loss: they have curves of their own, come before the first loss, or are too
+"""Kinds of records without a mark on the loss: they have curves of their own, come before the first loss, or are too
 many."""
 CHARTS = {
     "Espalier": {
@@ -76,7 +76,7 @@ class Board:
         self._main.add_figure(tag, figure, step)
 
     def log_record(self, step: int, kind: str, facts: Mapping[str, Any], lm_loss: float | None) -> None:
-        """Writes an event as text, and as a mark at the height of the last loss, if there is one."""
+        """Writes a log record as text, and as a mark at the height of the last loss, if there is one."""
         rows = [f"| {name} | {_shown(value)} |" for name, value in facts.items() if not isinstance(value, Mapping)]
         self._main.add_text(f"event/{kind}", "\n".join([f"| {kind} | step {step} |", "|---|---|", *rows]), step)
         if lm_loss is not None and kind not in UNMARKED:

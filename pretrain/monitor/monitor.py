@@ -196,7 +196,7 @@ class Monitor:
         self._figure(step, "track/update/effective_rank_map", lambda: figures.effective_rank_map(self._tracked))
 
     def log_record(self, kind: str, step: int, **facts: Any) -> None:
-        """Records an event, such as a checkpoint, a resume or a fault."""
+        """Writes a log record, such as a checkpoint, a resume or a fault."""
         if not self._active:
             return
         self._record(kind, step, facts)

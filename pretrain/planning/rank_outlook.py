@@ -1,4 +1,4 @@
-"""Which ranks a run will have: at the start, after the events of a schedule, and at most.
+"""Which ranks a run will have: at the start, after the entries of a schedule, and at most.
 
 A measuring policy decides by what it measures, so only its bounds are known beforehand: the break-even rank of each
 layer, `rank.budget`, and that a rank at most doubles in one decision.

@@ -62,7 +62,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step with given ranks on a given layout."""
+    """One step with given ranks on a given parallel layout."""
 
     parameters: int
     trained_parameters: int

@@ -2,7 +2,7 @@
 
 `limit_growth` says what layers get of the ranks they want:
 
-- ranks are multiples of `rank.quantum`, and at most double per event;
+- ranks are multiples of `rank.quantum`, and at most double per growth event;
 - no layer passes the rank at which two factors hold as many numbers as the dense weight;
 - all layers together stay within `rank.budget`;
 - nothing grows before `rank.start_step` or after `rank.stop_step`.
@@ -83,7 +83,7 @@ def grant_quanta(
 
 
 def largest_rank(layer: LayerMeasurement, quantum: int) -> int:
-    """The rank that a layer may have after one event."""
+    """The rank that a layer may have after one growth event."""
     doubled = 2 * layer.rank // quantum * quantum
     return min(doubled, rank_cap(layer.projection, quantum))
 

@@ -77,7 +77,7 @@ def check_start_ranks(rank: RankConfig, factored: Sequence[Projection], ranks: M
         if policy.grows and 2 * present < rank.quantum:
             raise ValueError(
                 f"rank.quantum {rank.quantum} is more than twice the rank {present} of {projection.name}, and ranks at "
-                "most double in one event: lower rank.quantum"
+                "most double in one growth event: lower rank.quantum"
             )
     policy.check_start(rank, factored, ranks)
     check_budget(policy, rank, factored, ranks)

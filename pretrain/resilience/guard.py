@@ -56,7 +56,7 @@ class Guard:
     def judge(self, loss: float, state: TrainState, report: Callable[..., None]) -> None:
         """Judges the step that was just taken, from figures that are the same on all processes.
 
-        Raises NumericalError or RollBack if the run cannot go on from here; `report` is `Monitor.event`.
+        Raises NumericalError or RollBack if the run cannot go on from here; `report` is `Monitor.log_record`.
         """
         config, deviations = self.config, self.deviations(loss)
         if deviations is not None:

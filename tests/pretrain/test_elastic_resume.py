@@ -73,7 +73,7 @@ WRITTEN_AT = 5
 """Steps of a run that grows after the second one."""
 
 SOURCES = {"factored": Place(2, 2, 3), "additive": Place(4, 1, 1), "dense": Place(1, 4, 2)}
-"""ParallelLayout that writes the checkpoint for all readers, by parametrization."""
+"""Parallel layout that writes the checkpoint for all readers, by parametrization."""
 READERS = [(Place(4, 1, 0), "factored"), (Place(1, 2, 3), "additive")]
 
 

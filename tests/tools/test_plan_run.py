@@ -136,7 +136,7 @@ def test_more_tensor_parallel_processes_than_there_are_devices_are_refused(plann
 
 def test_a_proposal_leaves_alone_what_the_deepspeed_file_says(planner: Planner) -> None:
     refusal = planner.refusal(*SEVEN, "--memory", "40GiB", "deepspeed.config=zero2", "deepspeed.stage=2")
-    assert "the nearest that fits: " in refusal or "no layout on 8 devices fits" in refusal
+    assert "the nearest that fits: " in refusal or "no parallel layout on 8 devices fits" in refusal
     assert "deepspeed." not in refusal.split("GB are usable")[1]
 
 
@@ -174,7 +174,7 @@ def test_a_result_that_cannot_be_written_is_refused_beforehand(planner: Planner,
 
 def test_no_layout_at_all_says_how_much_the_smallest_needs(planner: Planner) -> None:
     refusal = planner.refusal(*SEVEN, "--memory", "1GB")
-    assert "no layout on 8 devices fits, the smallest needs " in refusal
+    assert "no parallel layout on 8 devices fits, the smallest needs " in refusal
 
 
 def test_a_vocabulary_that_nobody_knows_is_asked_for(planner: Planner) -> None:

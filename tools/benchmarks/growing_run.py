@@ -60,7 +60,7 @@ def run_event(trainer: Trainer, clock: PhaseClock) -> None:
     clock.switch("decide")
     answer = trainer.rank_control.ask(trainer.model, trainer.state)
     if answer.plan is None:
-        raise AssertionError(f"the schedule has no event after step {trainer.state.step}")
+        raise AssertionError(f"the schedule has no entry after step {trainer.state.step}")
     config = trainer.config
 
     def rebuild(model: EspalierModel) -> DeepSpeedEngine:

@@ -144,7 +144,7 @@ def _lines(
     yield "### At equal FLOPs and at equal seconds"
     yield ""
     yield (
-        "*dense there*: the loss of the dense run of the same seed at the moment when it had spent as much, read off "
+        "*dense there*: the loss of the dense run of the same seed at the point where it had spent as much, read off "
         "its curve. A dense run is not annealed at that point, which is to its disadvantage; dense runs of another "
         "length, where the race has any, are methods of their own. *fixed ranks there*: the loss at the end of a fixed "
         "rank that costs as many FLOPs, interpolated between those of the race (over the logarithm of FLOPs, first "
