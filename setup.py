@@ -10,7 +10,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(
-        include=["configs", "launch", "model", "model.*", "pretrain", "pretrain.*", "tools", "tools.*"]
+        include=["configs", "launch", "model", "model.*", "pretrain", "pretrain.*", "tools", "tools.*"],
+        exclude=["tools.experiments", "tools.experiments.*"],  # studies of a checkout
     ),
     package_data={
         "configs": ["*.yaml", "schema.json", "deepspeed/*.json"],

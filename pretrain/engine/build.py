@@ -13,7 +13,7 @@ from torch import nn
 
 from model.gpt import EspalierModel
 from model.process_groups import DeepSpeedProcessGroups
-from pretrain.engine.gradient_scan import TIMERS_OFF, attach, norm_of, squared_norm, sum_over_processes
+from pretrain.engine.gradient_scan import TIMERS_OFF, attach
 from pretrain.engine.zero3 import fetch_tied_weight, forget_engine, hold_while_recomputing, partition, shape_of
 from pretrain.schedule import OptimizerConfig, has_weight_decay
 
@@ -136,13 +136,3 @@ def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def gradient_norm(engine: DeepSpeedEngine) -> float:
-    """Global gradient norm before clipping, of the coming step (ZeRO 0) or of the last one (ZeRO 1 to 3).
-
-    DeepSpeed 0.19.8 computes none at stage 0, so it is computed here. Call it between backward and step: a collective.
-    """
-    if engine.zero_optimization_stage() > 0:
-        return float(engine.get_global_grad_norm())
-    return float(norm_of(sum_over_processes(squared_norm(engine))))

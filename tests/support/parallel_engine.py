@@ -17,7 +17,8 @@ from model.config import ModelConfig, Recompute, factored_projections
 from model.gpt import EspalierModel, build_model
 from model.process_groups import data_group, data_index, data_size, initialize_process_groups
 from pretrain.checkpoint.format import KEYS
-from pretrain.engine.build import build_engine, gradient_norm, set_learning_rate
+from pretrain.engine.build import build_engine, set_learning_rate
+from pretrain.engine.gradient_scan import norm_of, squared_norm, sum_over_processes
 from pretrain.engine.optimizer_state import optimizer_state
 from pretrain.engine.zero3 import gathered, held
 from pretrain.growth.event import RankPlan, change_ranks
@@ -145,6 +146,16 @@ class SmallRun:
             "parameters": sum(held(p)[1].numel() * p.element_size() for p in self.engine.module.parameters()),
             "state": sum(tensors.values()),
         }
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """Global gradient norm before clipping, of the coming step (ZeRO 0) or of the last one (ZeRO 1 to 3).
+
+    DeepSpeed 0.19.8 computes none at stage 0, so it is computed here. Call it between backward and step: a collective.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return float(engine.get_global_grad_norm())
+    return float(norm_of(sum_over_processes(squared_norm(engine))))
 
 
 def whole_states(engine: DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Bytes of a growing run at every moment, against what its ranks predict, and the peak of its events."""
+"""Bytes of a growing run in every phase, against what its ranks predict, and the peak of its events."""
 
 import argparse
 import gc
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def memory(arguments: argparse.Namespace) -> tuple[list[Row], Iterator[str]]:
-    """Rows of every process and stage: one a moment, and one for the peak of each event."""
+    """Rows of every process and stage: one a phase, and one for the peak of each event."""
     rows: list[Row] = []
     for stage in range(4):
         here = growing_memory(growing_trainer(arguments, stage, [2] * (EVENTS + 1)))
@@ -40,7 +40,7 @@ def growing_memory(trainer: Trainer) -> list[Row]:
     train = trainer.config.train
 
     def observe(phase: str) -> None:
-        row: Row = {"step": trainer.state.step, "moment": phase}
+        row: Row = {"step": trainer.state.step, "phase": phase}
         if phase in ("backward", "optimizer"):
             found = engine_bytes(trainer.engine)
             expected = predicted_bytes(
@@ -79,7 +79,7 @@ def _peak_of_event(trainer: Trainer, clock: PhaseClock) -> Row:
         run_event(trainer, clock)
     return {
         "step": trainer.state.step,
-        "moment": "peak",
+        "phase": "peak",
         "steady_bytes": steady,
         "largest_state_bytes": 12 * largest,
         "peak_bytes": peak.bytes - before,
@@ -90,24 +90,24 @@ def _peak_of_event(trainer: Trainer, clock: PhaseClock) -> Row:
 
 def _memory_table(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        "| ZeRO | moments | weights, gradients, state at the end, MB | largest deviation from the ranks "
+        "| ZeRO | points | weights, gradients, state at the end, MB | largest deviation from the ranks "
         "| peak of an event above steady, MB | in states of the largest layer | of steady | most tensors in an event |"
     )
     yield "|" + "---|" * 8
     for stage in dict.fromkeys(row["stage"] for row in rows):
         group = [row for row in rows if row["stage"] == stage]
-        moments = [row for row in group if "predicted_bytes" in row]
-        worst = max(deviation(row) for row in moments)
-        peak = max((row for row in group if row["moment"] == "peak"), key=lambda row: row["peak_bytes"])
-        ends = next(row for row in reversed(group) if row["moment"] == "backward")
+        points = [row for row in group if "predicted_bytes" in row]
+        worst = max(deviation(row) for row in points)
+        peak = max((row for row in group if row["phase"] == "peak"), key=lambda row: row["peak_bytes"])
+        ends = next(row for row in reversed(group) if row["phase"] == "backward")
         held = ", ".join(f"{ends[f'{kind}_bytes'] / 1e6:.1f}" for kind in ("weights", "gradients", "state"))
-        inside = [row for row in group if row["moment"] in PHASES]
+        inside = [row for row in group if row["phase"] in PHASES]
         crowded = max(inside, key=lambda row: row["all_tensors_bytes"])
         largest, steady = (peak["peak_bytes"] / peak[f"{unit}_bytes"] for unit in ("largest_state", "steady"))
         yield (
-            f"| {stage} | {len(moments)} | {held} | {100 * worst:.2f} % | {peak['peak_bytes'] / 1e6:.1f} "
+            f"| {stage} | {len(points)} | {held} | {100 * worst:.2f} % | {peak['peak_bytes'] / 1e6:.1f} "
             f"| {largest:.2f} | {steady:.2f} "
-            f"| {crowded['all_tensors_bytes'] / 1e6:.1f} MB, end of {crowded['moment']} |"
+            f"| {crowded['all_tensors_bytes'] / 1e6:.1f} MB, end of {crowded['phase']} |"
         )
     yield ""
     yield (
@@ -117,5 +117,5 @@ def _memory_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def deviation(row: Mapping[str, Any]) -> float:
-    """How far a moment's bytes are from what the ranks predict, as a share of it."""
+    """How far the bytes of a phase are from what the ranks predict, as a share of it."""
     return abs(row["found_bytes"] - row["predicted_bytes"]) / row["predicted_bytes"]

@@ -87,7 +87,7 @@ class Life:
 
 
 def start(config: str, settings: Sequence[str], fault: str) -> tuple[Life, float]:
-    """All processes of a run, and the moment of its start."""
+    """All processes of a run, and the time of its start."""
     environment = os.environ | {
         **{"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
         **{"OMP_NUM_THREADS": "1", VARIABLE: fault},
@@ -112,7 +112,7 @@ def start(config: str, settings: Sequence[str], fault: str) -> tuple[Life, float
 
 
 def end(life: Life) -> tuple[list[int], float]:
-    """Exit codes, and the moment of the last one. A process that is stopped and left behind is killed."""
+    """Exit codes, and the time of the last one. A process that is stopped and left behind is killed."""
     last, ended = time.perf_counter() + _MOST_SECONDS, 0.0
     while any(process.poll() is None for process in life.processes) and time.perf_counter() < last:
         done = [process.poll() is not None for process in life.processes]
@@ -139,7 +139,7 @@ def row(arguments: argparse.Namespace, what: str, more: Sequence[str], folder: P
     if first.fault is None:
         raise EspalierError(f"{what} never happened; the run said: {'; '.join(first.said) or 'nothing'}")
     if set(codes) == {0}:
-        after = [moment for moment, _ in first.steps if moment > first.fault]
+        after = [at for at, _ in first.steps if at > first.fault]
         taken = [step for _, step in first.steps]
         again = len(taken) - len(set(taken))
         return {"fault": what, "end_seconds": None, "again_seconds": after[0] - first.fault, "steps_again": again}
@@ -148,8 +148,8 @@ def row(arguments: argparse.Namespace, what: str, more: Sequence[str], folder: P
     found, _ = end(second)
     if set(found) != {0} or not second.steps:
         raise EspalierError(f"the run did not go on after {what}: {found}, {'; '.join(second.said)}")
-    moment, step = second.steps[0]
-    seconds = {"end_seconds": ended - first.fault, "again_seconds": moment - began}
+    at, step = second.steps[0]
+    seconds = {"end_seconds": ended - first.fault, "again_seconds": at - began}
     return {"fault": what, **seconds, "steps_again": before + 1 - step, "codes": codes, "said": first.said}
 
 

@@ -7,7 +7,7 @@
     python tools/experiments/race.py --config FILE --report        (tables and curves, beside the results)
 
 Texts and runs lie in `runs/race/NAME` unless --work says otherwise. Runs go through the ordinary training command, one
-after the other or `--jobs` at a time. Interrupted at any moment, the same command goes on: finished runs are in the
+after the other or `--jobs` at a time. Interrupted at any time, the same command goes on: finished runs are in the
 file of results, a begun one continues from its checkpoint.
 """
 

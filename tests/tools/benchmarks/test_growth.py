@@ -1,4 +1,4 @@
-"""The growth benchmark at a tiny size through the real trainer, and what a growing run holds at every moment."""
+"""The growth benchmark at a tiny size through the real trainer, and what a growing run holds in every phase."""
 
 import argparse
 import json
@@ -41,14 +41,14 @@ def test_benchmark_writes_rows_of_a_real_run(tmp_path: Path) -> None:
 
 
 def _check_memory(rows: list[dict[str, Any]], stage: int) -> None:
-    moments = [row for row in rows if "predicted_bytes" in row]
-    assert {row["moment"] for row in moments} == {"backward", "optimizer"}
-    for row in moments:
+    points = [row for row in rows if "predicted_bytes" in row]
+    assert {row["phase"] for row in points} == {"backward", "optimizer"}
+    for row in points:
         assert deviation(row) < 0.05, row
-        assert (row["gradients_bytes"] > 0) == (row["moment"] == "backward" or stage == 3)
-    peaks = [row for row in rows if row["moment"] == "peak"]
+        assert (row["gradients_bytes"] > 0) == (row["phase"] == "backward" or stage == 3)
+    peaks = [row for row in rows if row["phase"] == "peak"]
     assert all(row["growth_bytes"] > 0 for row in peaks)
-    assert {row["moment"] for row in rows} >= set(PHASES)
+    assert {row["phase"] for row in rows} >= set(PHASES)
 
 
 def _held(tensor: int, stage: int, precision: str, **other_sizes: int) -> list[dict[str, Any]]:
@@ -72,13 +72,13 @@ def _held(tensor: int, stage: int, precision: str, **other_sizes: int) -> list[d
 def test_a_growing_run_holds_what_its_ranks_predict(processes: int, tensor: int, stage: int, precision: str) -> None:
     for rows in run(_held, processes, tensor, stage, precision):
         _check_memory(rows, stage)
-        before, *_, after = (row["found_bytes"] for row in rows if row["moment"] == "optimizer")
+        before, *_, after = (row["found_bytes"] for row in rows if row["phase"] == "optimizer")
         assert after > before
 
 
 def _peaks(stage: int, precision: str) -> list[dict[str, Any]]:
     rows = _held(1, stage, precision, vocabulary=32_000)
-    return [row for row in rows if row["moment"] == "peak"]
+    return [row for row in rows if row["phase"] == "peak"]
 
 
 @pytest.mark.parametrize(
