@@ -120,6 +120,7 @@ def test_bad_input_is_one_sentence(
     folder = saved("llama")
     damage, _, words = FAULTS[fault]
     damage(folder)
+    capsys.readouterr()  # the bar that transformers shows when it saves
     with pytest.raises(SystemExit) as ended:
         run_command(partial(imported, folder, "dense"))  # type: ignore[arg-type]
     assert ended.value.code in (2, 3)
